@@ -1,0 +1,1 @@
+//! The unsafe code of the workspace stands only where the design allows it.
