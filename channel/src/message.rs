@@ -1,7 +1,7 @@
 //! Control messages: raw images of fixed size, and the enum they validate into.
 //!
 //! One protocol serves all three neighbours: program ↔ agent, agent ↔ backend, and an operator's tool ↔ daemon. Each
-//! message is one [`MESSAGE_LEN`]-byte datagram on a SEQPACKET socket; descriptors travel beside it by SCM_RIGHTS, in
+//! message is one [`MESSAGE_LEN`]-byte datagram on a SEQPACKET socket; descriptors travel beside it by `SCM_RIGHTS`, in
 //! the order that the variant's documentation names. Integers are little-endian.
 //!
 //! ```text
@@ -279,9 +279,8 @@ macro_rules! messages {
                 let image: &[u8; MESSAGE_LEN] = image.try_into().map_err(|_| Malformed::Length(image.len()))?;
                 let mut from = Reader(image);
                 if from.bytes() != Some(&MAGIC) { return Err(Malformed::Magic); }
-                let (version, kind) = match (u16::take(&mut from), u16::take(&mut from)) {
-                    (Some(v), Some(k)) => (v, k),
-                    _ => return Err(Malformed::Length(image.len())),
+                let (Some(version), Some(kind)) = (u16::take(&mut from), u16::take(&mut from)) else {
+                    return Err(Malformed::Length(image.len()));
                 };
                 if version != VERSION { return Err(Malformed::Version(version)); }
                 match kind {
