@@ -1,1 +1,12 @@
-//! Placeholder while the crate is being written.
+//! The guest's side: lanes, records, waiting, the agent, and what the preloaded library decides.
+#![warn(clippy::pedantic)]
+#![allow(
+    clippy::module_name_repetitions,
+    clippy::cast_possible_truncation,
+    clippy::must_use_candidate,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_wrap,
+    clippy::missing_errors_doc
+)]
+
+pub mod lane;
