@@ -1,1 +1,33 @@
-//! Placeholder while the crate is being written.
+//! VXLAN segments: the packets one backend sends to another.
+//!
+//! A segment is, from the outside in, a VXLAN header (RFC 7348), an Ethernet II header, an IPv4 (RFC 791) or
+//! IPv6 (RFC 8200) header and a TCP header (RFC 9293) whose sequence number, acknowledgement, window and flags
+//! are the fabric lane's own protocol. The outer Ethernet, IP and UDP headers are not here: the fabric takes
+//! their place.
+//!
+//! Each protocol has two levels. `Packet` reads and writes fields of a buffer and judges nothing; `Repr` is the
+//! small, valid meaning, with `parse` and `emit`. A backend uses neither: it calls [`encapsulate`] and
+//! [`decapsulate`] of [`segment`].
+//!
+//! The crate does no I/O, allocates nothing, and has no unsafe code. What it reads comes from another host, so
+//! every reason to refuse a packet has its own variant of [`Error`], and no input makes it panic. It checks form
+//! only: whether a VNI, an address or a flow belongs to a tenant is the backend's question.
+//!
+//! # The panic contract of `Packet`
+//!
+//! After `check_len` (or `new_checked`) has succeeded, no accessor panics. `new_unchecked` is for a buffer the
+//! caller has sized himself, as one does before `emit`; on a shorter one the accessors panic. Every `parse`
+//! checks the length again.
+
+#![no_std]
+#![forbid(unsafe_code)]
+
+#[cfg(test)]
+extern crate std;
+
+mod bytes;
+pub mod error;
+pub mod header;
+
+pub use error::Error;
+pub use header::Vni;
