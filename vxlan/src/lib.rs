@@ -27,7 +27,13 @@ extern crate std;
 
 mod bytes;
 pub mod error;
+pub mod ethernet;
 pub mod header;
+pub mod ipv4;
+pub mod ipv6;
 
 pub use error::Error;
 pub use header::Vni;
+
+/// TCP's number in the protocol field of IPv4 and the next header field of IPv6 (RFC 9293, section 3.1).
+pub const PROTOCOL_TCP: u8 = 6;
