@@ -28,12 +28,17 @@ extern crate std;
 mod bytes;
 pub mod error;
 pub mod ethernet;
+mod flags;
 pub mod header;
 pub mod ipv4;
 pub mod ipv6;
+pub mod lane;
+pub mod tcp;
 
 pub use error::Error;
 pub use header::Vni;
+pub use lane::{Stay, StayOpen};
+pub use tcp::{Flags, MAX_WINDOW, WINDOW_SHIFT};
 
 /// TCP's number in the protocol field of IPv4 and the next header field of IPv6 (RFC 9293, section 3.1).
 pub const PROTOCOL_TCP: u8 = 6;
