@@ -207,5 +207,6 @@ mod tests {
         assert_eq!(Vni::new(0xff_ffff), Ok(Vni::MAX));
         assert_eq!(Vni::try_from(0x100_0000), Err(Error::VniTooLarge(0x100_0000)));
         assert_eq!(u32::from(Vni::MAX), Vni::MAX.number());
+        assert_eq!(std::format!("{}", Vni::MAX), "16777215");
     }
 }
