@@ -10,3 +10,8 @@
 )]
 
 pub mod lane;
+
+pub mod endpoint;
+pub mod kernel;
+pub mod memory;
+pub mod record;
