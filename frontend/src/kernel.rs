@@ -12,7 +12,7 @@ pub struct Counters {
     pub tx: u64,
     /// Bytes this end has taken from it.
     pub rx: u64,
-    /// Whether it is established (TCP_INFO's state 1).
+    /// Whether it is established (`TCP_INFO`'s state 1).
     pub established: bool,
 }
 
@@ -51,7 +51,7 @@ pub fn unread(fd: BorrowedFd<'_>) -> io::Result<u64> {
 /// The counters, if they stand still for the moment that reading them takes; `None` if they kept moving.
 ///
 /// `tcpi_bytes_acked` counts the connector's SYN; what lies in the send queue is not acknowledged yet. Two readings of
-/// TCP_INFO must agree, as the queues are read between them.
+/// `TCP_INFO` must agree, as the queues are read between them.
 pub fn counters(fd: impl AsFd, connector: bool) -> io::Result<Option<Counters>> {
     let fd = fd.as_fd();
     let mut before = tcp_info(fd)?;
@@ -108,6 +108,7 @@ mod tests {
         assert!(ca.established && cb.established);
         assert_eq!(tuple(&a).unwrap(), tuple(&b).unwrap().mirrored());
         abort(&a);
-        assert_eq!(b.read(&mut [0; 2000]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        assert_eq!(b.read(&mut [0; 2000]).unwrap(), 700, "what had arrived stays readable");
+        assert_eq!(b.read(&mut [0; 9]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
     }
 }

@@ -6,7 +6,10 @@
     clippy::must_use_candidate,
     clippy::cast_sign_loss,
     clippy::cast_possible_wrap,
-    clippy::missing_errors_doc
+    clippy::missing_errors_doc,
+    clippy::collapsible_if,
+    clippy::cast_ptr_alignment,
+    clippy::doc_markdown
 )]
 
 pub mod lane;
