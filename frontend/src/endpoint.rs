@@ -210,7 +210,7 @@ impl Endpoint<'_> {
                 return Ok(Switch::Stay);
             }
         }
-        let Some(first) = bufs.iter().filter_map(|b| b.first()).next() else { return Ok(Switch::Stay) };
+        let Some(first) = bufs.iter().find_map(|b| b.first()) else { return Ok(Switch::Stay) };
         let stay = tx.switch(ready, *first);
         if bound.tx().indices.publish_stay(stay) {
             if bound.lane == Lane::Direct {

@@ -14,6 +14,7 @@
 
 pub mod lane;
 
+pub mod carrier;
 pub mod endpoint;
 pub mod kernel;
 pub mod memory;
