@@ -10,6 +10,7 @@ cores, in both modes, which is also where the scheduler leaves them in longer ru
 """
 
 import argparse
+import atexit
 import csv
 import datetime
 import itertools
@@ -84,6 +85,7 @@ class Lab:
         self.env = dict(os.environ, LAB=self.name)
         self.scratch = tempfile.mkdtemp(prefix="vsocket-demo-")
         self.children = []
+        self.is_down = False
 
     def up(self):
         result = subprocess.run(
@@ -93,10 +95,13 @@ class Lab:
             raise Failure(f"lab up failed:\n{result.stderr.strip()}")
 
     def down(self):
+        if self.is_down:
+            return
         for child in list(self.children):
             self.stop(child)
         subprocess.run([LAB_SCRIPT, "down"], env=self.env, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         shutil.rmtree(self.scratch, ignore_errors=True)
+        self.is_down = True
 
     def spawn(self, mode, guest, command, cpu=None, **options):
         """Start a command in a guest, in a process group of its own."""
@@ -427,7 +432,7 @@ class Demo:
             for reason, count in after[0].get("declined", {}).items()
         }
         reasons = ", ".join(f"{count} {reason}" for reason, count in declined.items() if count > 0)
-        self.unaccelerated = f"no connection was accelerated ({reasons or 'and no reason was counted'})"
+        self.unaccelerated = f"not accelerated: {reasons or 'no reason counted'}"
         title = f"{workload.name} {path}"
         expected = workload.connections * self.rounds
         if 0 < rose["upgraded_total"] < expected:
@@ -506,8 +511,18 @@ def rounds_argument(text):
     return value
 
 
-def interrupted(signum, _frame):
-    raise SystemExit(128 + signum)
+class Interrupts:
+    """The first signal ends the demo; further ones must not leave half a lab."""
+
+    def __init__(self):
+        self.on = True
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, self.handle)
+
+    def handle(self, signum, _frame):
+        if self.on:
+            self.on = False
+            raise SystemExit(128 + signum)
 
 
 def main():
@@ -521,10 +536,10 @@ def main():
     # A terminal that cannot show µ shows ? instead.
     sys.stdout.reconfigure(errors="replace")
 
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, interrupted)
     progress = Progress()
+    interrupts = Interrupts()
     lab = Lab()
+    atexit.register(lab.down)
     rounds = args.rounds or (3 if args.quick else 5)
     demo = Demo(lab, progress, rounds, seconds=0.2 if args.quick else 1.5)
     try:
@@ -537,9 +552,7 @@ def main():
         print(f"demo: {failure}", file=sys.stderr)
         return 1
     finally:
-        # A second interrupt must not leave half a lab.
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, signal.SIG_IGN)
+        interrupts.on = False
         lab.down()
     progress.clear()
     print_table(demo, time.monotonic() - progress.started)
