@@ -338,6 +338,23 @@ impl Endpoint<'_> {
         got
     }
 
+    /// The anchor has something to say: looks whether the stay has ended.
+    pub fn attend(&self) {
+        let mut ended = 0;
+        if let Ok(mut rx) = self.record.rx.lock() {
+            self.learn(&mut rx);
+            if let (Source::Ring { generation }, Some(bound)) = (rx.source(), self.bound) {
+                if bound.generation == generation && bound.rx().available(rx.off) == Ok(0) {
+                    ended = self.judge(&mut rx, bound).ok().flatten().unwrap_or(0);
+                }
+            }
+            self.settle_rx(&rx);
+        }
+        if ended != 0 {
+            let _ = self.leave(ended);
+        }
+    }
+
     fn recv_locked(
         &self,
         rx: &mut RxState,

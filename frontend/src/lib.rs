@@ -18,4 +18,5 @@ pub mod carrier;
 pub mod endpoint;
 pub mod kernel;
 pub mod memory;
+pub mod program;
 pub mod record;
