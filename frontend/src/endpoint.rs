@@ -329,7 +329,10 @@ impl Endpoint<'_> {
             let mut rx = self.record.rx.lock().map_err(lock_errno)?;
             let got = self.recv_locked(&mut rx, bufs, peek, look, &mut ended);
             self.settle_rx(&rx);
-            got
+            // A socket that was aborted here is not connected any more; the application knows only of the reset.
+            got.map_err(|e| {
+                if e == Errno::NOTCONN && self.record.is(status::BROKEN) { Errno::CONNRESET } else { e }
+            })
         };
         if ended != 0 {
             // The sender across has left: so do we, so that both can come back together.
@@ -576,8 +579,8 @@ impl Endpoint<'_> {
                 return None;
             }
         }
-        let ready = direction.head.head.load(Ordering::Acquire) != self.record.rx_off.load(Ordering::Relaxed);
-        Some(ready || direction.stay.sealed.load(Ordering::Relaxed) != 0)
+        // That the sender has sealed is no readiness: the anchor will say how the stream goes on.
+        Some(direction.head.head.load(Ordering::Acquire) != self.record.rx_off.load(Ordering::Relaxed))
     }
 
     /// Whether the ring has room (a quarter of it), without a lock. `None`: the anchor decides.

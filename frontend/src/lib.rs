@@ -1,5 +1,5 @@
 //! The guest's side: lanes, records, waiting, the agent, and what the preloaded library decides.
-#![warn(clippy::pedantic)]
+
 #![allow(
     clippy::module_name_repetitions,
     clippy::cast_possible_truncation,

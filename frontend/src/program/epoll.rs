@@ -27,6 +27,9 @@ const TOKEN: u64 = 0xd35a_9e1c_0000_0000;
 const TOKEN_MASK: u64 = 0xffff_ffff_0000_0000;
 const NO_FD: u64 = 0xffff_ffff;
 
+/// The real wait on a set.
+type Real<'a> = &'a mut dyn FnMut(&mut [libc::epoll_event], Option<Timespec>) -> Result<usize, Errno>;
+
 /// What the application asked for.
 #[derive(Clone, Copy)]
 struct Interest {
@@ -208,6 +211,7 @@ impl EpollSet {
         if let Some(control) = client::control() {
             self.ours.store(true, Ordering::Release);
             wait::watch(self.as_fd(), control, TOKEN | NO_FD);
+            wait::watch_kick(self.as_fd(), TOKEN | NO_FD);
         }
     }
 
@@ -450,7 +454,7 @@ impl EpollSet {
         out: &mut [libc::epoll_event],
         timeout: Option<Duration>,
         deadline: Option<Instant>,
-        real: &mut dyn FnMut(&mut [libc::epoll_event], Option<Timespec>) -> Result<usize, Errno>,
+        real: Real<'_>,
     ) -> Result<usize, Errno> {
         let zero = Some(Timespec { tv_sec: 0, tv_nsec: 0 });
         loop {
@@ -496,7 +500,7 @@ impl EpollSet {
     fn look(
         &self,
         out: &mut [libc::epoll_event],
-        real: &mut dyn FnMut(&mut [libc::epoll_event], Option<Timespec>) -> Result<usize, Errno>,
+        real: Real<'_>,
         zero: Option<Timespec>,
     ) -> Result<usize, Errno> {
         let Ok(mut inner) = self.inner.lock() else { return Err(Errno::INTR) };
@@ -526,7 +530,7 @@ impl EpollSet {
     fn spin(
         &self,
         out: &mut [libc::epoll_event],
-        real: &mut dyn FnMut(&mut [libc::epoll_event], Option<Timespec>) -> Result<usize, Errno>,
+        real: Real<'_>,
         zero: Option<Timespec>,
     ) -> Result<usize, Errno> {
         let Ok(inner) = self.inner.lock() else { return Ok(0) };
