@@ -2,7 +2,7 @@
 //!
 //! The trait says what libibverbs, and user space over TCP, can both do well, and nothing that only one of them can:
 //! no immediate data, no shared receive queues, no atomics, no RDMA READ. A user that is correct on
-//! [`loopback`] and [`soft`] is correct on an RNIC.
+//! [`loopback`] and `soft` is correct on an RNIC.
 //!
 //! # Contract
 //!
@@ -25,7 +25,7 @@
 //! [`next_deadline`](Fabric::next_deadline). Skipping the "until `None`" before a sleep may lose the wake-up.
 //! Nothing here allocates per message once queues have reached their working size.
 //!
-//! ```text
+//! ```
 //! use vsocket_backend::fabric::{loopback, Event, Fabric, Signal, WorkId};
 //!
 //! let (mut a, mut b) = loopback::pair()?;
@@ -39,7 +39,7 @@
 //! a.flush();
 //! assert!(matches!(b.poll(), Some(Event::Received { payload: b"hello, peer", .. })));
 //! # Ok::<(), Box<dyn std::error::Error>>(())
-//! ```text
+//! ```
 
 use std::fmt;
 use std::io;
@@ -47,7 +47,9 @@ use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
+pub mod loopback;
 pub mod memory;
+pub mod registry;
 
 pub use memory::Region;
 
