@@ -14,6 +14,7 @@
 //!
 //! Everything here runs without RDMA hardware; `fabric::loopback` needs not even a network.
 
+pub mod certs;
 pub mod config;
 pub mod directory;
 pub mod fabric;
