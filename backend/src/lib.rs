@@ -11,11 +11,14 @@
 //! | [`fabric`] | moving bytes between hosts in verbs semantics: [`fabric::soft`], [`fabric::loopback`] |
 //! | [`peer`] | the authenticated control connection between two backends |
 //! | [`certs`] | a lab's certificate authority |
+//! | [`cli`], [`daemon`] | the command line, and the loop that ties all together |
 //!
 //! Everything here runs without RDMA hardware; `fabric::loopback` needs not even a network.
 
 pub mod certs;
+pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod directory;
 pub mod fabric;
 pub mod peer;
