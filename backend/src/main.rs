@@ -1,0 +1,7 @@
+//! `vsocketd`, the host's daemon. All sense is in the library.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    vsocket_backend::cli::run()
+}
