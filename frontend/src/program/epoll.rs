@@ -394,15 +394,18 @@ impl Hot {
         let concerns = u32::from(wanted.intersects(PollFlags::IN | PollFlags::RDHUP | PollFlags::PRI))
             | u32::from(wanted.contains(PollFlags::OUT)) << 1;
         let draining = self.conn.record().is(status::TX_DRAINING);
-        if asking && ready.is_empty() && (edge & concerns != 0 || draining) {
+        if asking && (edge & concerns != 0 || draining) {
             // Cleared first: an edge that comes while the kernel is asked stays.
             self.conn.kernel_in.store(0, Ordering::Release);
             self.conn.kernel_out.store(0, Ordering::Release);
             ready = poll::events_now(&self.conn, wanted);
-            if ready.contains(PollFlags::IN) || ready.intersects(PollFlags::HUP | PollFlags::ERR) {
+            // What the anchor had, it may still have at the next look; what a ring has, the ring says.
+            let record = self.conn.record();
+            let broken = ready.intersects(PollFlags::HUP | PollFlags::ERR);
+            if broken || (ready.contains(PollFlags::IN) && !record.is(status::RX_RING)) {
                 self.conn.kernel_in.store(1, Ordering::Release);
             }
-            if ready.contains(PollFlags::OUT) {
+            if ready.contains(PollFlags::OUT) && !record.is(status::TX_RING) {
                 self.conn.kernel_out.store(1, Ordering::Release);
             }
         }
@@ -504,17 +507,15 @@ impl EpollSet {
         zero: Option<Timespec>,
     ) -> Result<usize, Errno> {
         let Ok(mut inner) = self.inner.lock() else { return Err(Errno::INTR) };
-        let mut n = self.harvest(&mut inner, out, false);
-        if n == out.len() || (n > 0 && !self.kernels_turn()) {
-            return Ok(n);
+        if !self.kernels_turn() {
+            let n = self.harvest(&mut inner, out, false);
+            if n > 0 {
+                return Ok(n);
+            }
         }
-        let got = real(&mut out[n..], zero)?;
-        let kept = self.sift(&mut inner, &mut out[n..], got);
-        n += kept;
-        if n == kept {
-            n += self.harvest(&mut inner, &mut out[n..], true);
-        }
-        Ok(n)
+        let got = real(out, zero)?;
+        let n = self.sift(&mut inner, out, got);
+        Ok(n + self.harvest(&mut inner, &mut out[n..], true))
     }
 
     fn kernels_turn(&self) -> bool {
