@@ -1,5 +1,7 @@
 //! The daemon's core: vports, pairing, flows. Not built yet.
 
+#![forbid(unsafe_code)]
+
 use crate::config::Config;
 
 /// Why the daemon cannot run, or had to stop.

@@ -1,5 +1,7 @@
 //! `vsocketd`, the host's daemon. All sense is in the library.
 
+#![forbid(unsafe_code)]
+
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
