@@ -15,9 +15,9 @@ fn ring(c: &mut Criterion) {
     let direction: Direction = unsafe { std::mem::zeroed() };
     let ring = Ring { indices: &direction, bytes: &bytes };
     let mut group = c.benchmark_group("ring");
+    let mut at = 0u64;
     for len in [8usize, 64, 1024, 65536] {
         let (message, mut out) = (vec![7u8; len], vec![0u8; len]);
-        let mut at = 0u64;
         group.throughput(Throughput::Bytes(len as u64));
         group.bench_function(format!("{len} B"), |b| {
             b.iter(|| {
