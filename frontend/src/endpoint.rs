@@ -642,7 +642,7 @@ impl Endpoint<'_> {
 fn lock_errno(error: LockError) -> Errno {
     match error {
         // A signal handler inside our own call on the same socket: it must not wait for the code it interrupted.
-        LockError::Reentered => Errno::AGAIN,
+        LockError::Reentered | LockError::Busy => Errno::AGAIN,
         LockError::Garbled => Errno::CONNRESET,
     }
 }
