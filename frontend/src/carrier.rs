@@ -36,6 +36,12 @@ impl Carrier {
         Ok(Self(fd))
     }
 
+    /// The same connection under a high number: the low ones are the application's.
+    #[must_use]
+    pub fn lifted(self) -> Self {
+        Self(rustix::io::fcntl_dupfd_cloexec(&self.0, 900).unwrap_or(self.0))
+    }
+
     /// A listener at `path`, which must not exist.
     pub fn listen(path: &Path) -> io::Result<OwnedFd> {
         let fd = socket()?;

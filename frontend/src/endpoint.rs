@@ -374,13 +374,33 @@ impl Endpoint<'_> {
             let mut rx = self.lock_rx()?;
             let got = self.recv_locked(&mut rx, bufs, peek, look, &mut ended);
             self.settle_rx(&rx);
-            got
+            // A socket that was aborted here is not connected any more; the application knows only of the reset.
+            got.map_err(|e| {
+                if e == Errno::NOTCONN && self.record.is(status::BROKEN) { Errno::CONNRESET } else { e }
+            })
         };
         if ended != 0 {
             // The sender across has left: so do we, so that both can come back together.
             let _ = self.leave(ended);
         }
         got
+    }
+
+    /// The anchor has something to say: looks whether the stay has ended.
+    pub fn attend(&self) {
+        let mut ended = 0;
+        if let Ok(mut rx) = self.lock_rx() {
+            self.learn(&mut rx);
+            if let (Source::Ring { generation }, Some(bound)) = (rx.source(), self.bound) {
+                if bound.generation == generation && bound.rx().available(rx.off) == Ok(0) {
+                    ended = self.judge(&mut rx, bound).ok().flatten().unwrap_or(0);
+                }
+            }
+            self.settle_rx(&rx);
+        }
+        if ended != 0 {
+            let _ = self.leave(ended);
+        }
     }
 
     fn recv_locked(
@@ -604,8 +624,8 @@ impl Endpoint<'_> {
                 return None;
             }
         }
-        let ready = direction.head.head.load(Ordering::Acquire) != self.record.rx_off.load(Ordering::Relaxed);
-        Some(ready || direction.stay.sealed.load(Ordering::Relaxed) != 0)
+        // That the sender has sealed is no readiness: the anchor will say how the stream goes on.
+        Some(direction.head.head.load(Ordering::Acquire) != self.record.rx_off.load(Ordering::Relaxed))
     }
 
     /// Whether the ring has room (a quarter of it), without a lock. `None`: the anchor decides.

@@ -1,5 +1,5 @@
 //! The guest's side: lanes, records, waiting, the agent, and what the preloaded library decides.
-#![warn(clippy::pedantic)]
+
 #![allow(
     clippy::module_name_repetitions,
     clippy::cast_possible_truncation,
@@ -20,4 +20,5 @@ pub mod carrier;
 pub mod endpoint;
 pub mod kernel;
 pub mod memory;
+pub mod program;
 pub mod record;

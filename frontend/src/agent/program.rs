@@ -40,6 +40,16 @@ impl Agent {
         }
     }
 
+    /// Listens to all who have not said who they are.
+    fn handle_newcomers(&mut self) {
+        self.handle_listener_ready();
+        let strangers = self.registry.holders.iter().filter(|(_, h)| h.program.is_none());
+        let strangers: Vec<u64> = strangers.map(|(id, _)| *id).collect();
+        for id in strangers {
+            self.handle_holder_ready(id);
+        }
+    }
+
     fn welcome_holder(&mut self, carrier: Carrier) {
         let Ok(peer) = socket_peercred(&carrier) else { return };
         let id = self.registry.number();
@@ -233,7 +243,8 @@ impl Agent {
         if !counters.established {
             return Err(Reason::NotEstablished);
         }
-        if (counters.tx, counters.rx) != moved {
+        // The program goes on meanwhile, and brings the record up to date when it takes it; only prepare compares exactly.
+        if counters.tx < moved.0 || counters.rx < moved.1 {
             return Err(Reason::Untrackable);
         }
         let cookie = socket_cookie(fd).map_err(|_| Reason::NotEstablished)?;
@@ -270,6 +281,10 @@ impl Agent {
 
     /// A process has a connection no longer.
     fn release(&mut self, id: u64, holder: u64) {
+        if self.registry.conns.get(&id).is_some_and(|c| c.holders == [holder]) {
+            // Before a fork it may have asked for one more holder, and that may still lie unread.
+            self.handle_newcomers();
+        }
         let Some(conn) = self.registry.conns.get_mut(&id) else { return };
         let before = conn.holders.len();
         conn.holders.retain(|h| *h != holder);
