@@ -13,6 +13,7 @@ use rustix::fd::BorrowedFd;
 use rustix::io::{Errno, IoSlice, IoSliceMut};
 use rustix::net::{RecvFlags, SendFlags};
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 use vsocket_channel::lane::REWIND_LEN;
 use vsocket_channel::message::Lane;
 use vsocket_channel::reason::Reason;
@@ -48,18 +49,62 @@ fn slices_len(bufs: &[IoSlice<'_>]) -> usize {
 }
 
 impl Endpoint<'_> {
+    /// Whether both locks can be had within `most` each: their owner may be stopped, and who serves others must not wait
+    /// for it.
+    pub fn responds_within(&self, most: Duration) -> bool {
+        let tx = self.record.tx.lock_within(most).map(|mut tx| self.recover_tx(&mut tx));
+        let rx = self.record.rx.lock_within(most).map(|mut rx| self.recover_rx(&mut rx));
+        !matches!(tx, Err(LockError::Busy)) && !matches!(rx, Err(LockError::Busy))
+    }
+
     fn lock_tx(&self) -> Result<Guard<'_, TxState>> {
         let mut tx = self.record.tx.lock().map_err(lock_errno)?;
+        self.recover_tx(&mut tx);
+        Ok(tx)
+    }
+
+    fn recover_tx(&self, tx: &mut Guard<'_, TxState>) {
         if tx.recovered {
             let connector = self.record.connector.load(Ordering::Relaxed) != 0;
             let known = kernel::counters(self.anchor, connector).ok().flatten();
             let done = known.ok_or(Violation::Counters).and_then(|c| tx.recover(c.tx));
-            self.settle_tx(&tx);
+            if let (Ok(Phase::Ring), Some(bound)) = (tx.phase(), self.bound_for(tx.generation)) {
+                // What was accepted is in the ring's memory; the owner may have died before it said so.
+                bound.tx().publish(tx.off);
+                bound.ring_far();
+            }
+            self.settle_tx(tx);
             if done.is_err() {
                 self.break_off();
             }
         }
-        Ok(tx)
+    }
+
+    fn lock_rx(&self) -> Result<Guard<'_, RxState>> {
+        let mut rx = self.record.rx.lock().map_err(lock_errno)?;
+        self.recover_rx(&mut rx);
+        Ok(rx)
+    }
+
+    fn recover_rx(&self, rx: &mut Guard<'_, RxState>) {
+        if rx.recovered {
+            let connector = self.record.connector.load(Ordering::Relaxed) != 0;
+            match kernel::counters(self.anchor, connector).ok().flatten() {
+                // The owner took bytes and died before it recorded them.
+                Some(c) if c.rx >= rx.wire => {
+                    let unseen = c.rx - rx.wire;
+                    rx.took_raw(unseen);
+                }
+                // It recorded a frame and died before it took it.
+                Some(c) if rx.wire - c.rx <= REWIND_LEN as u64 => {
+                    let mut frame = [0; REWIND_LEN];
+                    let rest = (rx.wire - c.rx) as usize;
+                    let _ = recv_anchor(self.anchor, &mut frame[..rest], RecvFlags::empty());
+                }
+                _ => self.break_off(),
+            }
+            self.settle_rx(rx);
+        }
     }
 
     fn bound_for(&self, generation: u32) -> Option<&Bound> {
@@ -326,7 +371,7 @@ impl Endpoint<'_> {
     pub fn recv(&self, bufs: &mut [IoSliceMut<'_>], peek: bool, look: bool) -> Result<usize> {
         let mut ended = 0;
         let got = {
-            let mut rx = self.record.rx.lock().map_err(lock_errno)?;
+            let mut rx = self.lock_rx()?;
             let got = self.recv_locked(&mut rx, bufs, peek, look, &mut ended);
             self.settle_rx(&rx);
             // A socket that was aborted here is not connected any more; the application knows only of the reset.
@@ -344,7 +389,7 @@ impl Endpoint<'_> {
     /// The anchor has something to say: looks whether the stay has ended.
     pub fn attend(&self) {
         let mut ended = 0;
-        if let Ok(mut rx) = self.record.rx.lock() {
+        if let Ok(mut rx) = self.lock_rx() {
             self.learn(&mut rx);
             if let (Source::Ring { generation }, Some(bound)) = (rx.source(), self.bound) {
                 if bound.generation == generation && bound.rx().available(rx.off) == Ok(0) {
@@ -551,7 +596,7 @@ impl Endpoint<'_> {
 
     /// Looks for an announced stay, so that [`Endpoint::readable`] can say more.
     pub fn refresh(&self) {
-        if let Ok(mut rx) = self.record.rx.lock() {
+        if let Ok(mut rx) = self.lock_rx() {
             self.learn(&mut rx);
             self.settle_rx(&rx);
         }
@@ -617,7 +662,7 @@ impl Endpoint<'_> {
             return Err(Reason::Ending);
         }
         let tx = self.lock_tx().map_err(|_| Reason::Busy)?;
-        let mut rx = self.record.rx.lock().map_err(|_| Reason::Busy)?;
+        let mut rx = self.lock_rx().map_err(|_| Reason::Busy)?;
         if tx.phase() != Ok(Phase::Anchor) || tx.generation >= generation {
             return Err(Reason::Busy);
         }
@@ -640,7 +685,7 @@ impl Endpoint<'_> {
 
     /// Closes the open generation if no stay was announced in it: it will not be committed, or the host has withdrawn it.
     pub fn close_unopened(&self, generation: u32) {
-        let Ok(mut rx) = self.record.rx.lock() else { return };
+        let Ok(mut rx) = self.lock_rx() else { return };
         if rx.generation == generation && !rx.knows_stay() {
             if let Some(bound) = self.bound_for(generation) {
                 if bound.rx().indices.close_unopened(generation) {
@@ -662,7 +707,7 @@ impl Endpoint<'_> {
 fn lock_errno(error: LockError) -> Errno {
     match error {
         // A signal handler inside our own call on the same socket: it must not wait for the code it interrupted.
-        LockError::Reentered => Errno::AGAIN,
+        LockError::Reentered | LockError::Busy => Errno::AGAIN,
         LockError::Garbled => Errno::CONNRESET,
     }
 }

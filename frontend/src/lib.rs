@@ -14,6 +14,8 @@
 
 pub mod lane;
 
+#[cfg(feature = "daemon")]
+pub mod agent;
 pub mod carrier;
 pub mod endpoint;
 pub mod kernel;

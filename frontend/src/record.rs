@@ -7,6 +7,7 @@ use crate::lane::tx::TxState;
 use std::cell::UnsafeCell;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 /// Records in one program's memory; a program with more connections on lanes keeps the rest on TCP.
 pub const RECORDS: u32 = 16384;
@@ -52,6 +53,8 @@ pub enum LockError {
     Reentered,
     /// The record is garbled.
     Garbled,
+    /// Its owner kept it for longer than the caller would wait.
+    Busy,
 }
 
 /// Access to a direction's state.
@@ -81,7 +84,22 @@ impl<T: Copy> Locked<T> {
     /// Takes the lock. It is never held across a wait in the kernel, so this is short.
     pub fn lock(&self) -> Result<Guard<'_, T>, LockError> {
         // SAFETY: the mutex was initialised by `init` before the record was handed out, and lives in mapped memory.
-        let got = unsafe { libc::pthread_mutex_lock(self.mutex.get().cast()) };
+        self.taken(unsafe { libc::pthread_mutex_lock(self.mutex.get().cast()) })
+    }
+
+    /// Takes the lock as [`Locked::lock`] does, but waits no longer than this: its owner may be stopped.
+    pub fn lock_within(&self, most: Duration) -> Result<Guard<'_, T>, LockError> {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+        let nanos = now.tv_nsec + i64::from(most.subsec_nanos());
+        let until = libc::timespec {
+            tv_sec: now.tv_sec + most.as_secs() as i64 + nanos / 1_000_000_000,
+            tv_nsec: nanos % 1_000_000_000,
+        };
+        // SAFETY: as in `lock`; the deadline outlives the call.
+        self.taken(unsafe { libc::pthread_mutex_timedlock(self.mutex.get().cast(), &raw const until) })
+    }
+
+    fn taken(&self, got: libc::c_int) -> Result<Guard<'_, T>, LockError> {
         match got {
             0 => Ok(Guard { lock: self, recovered: false }),
             libc::EOWNERDEAD => {
@@ -90,6 +108,7 @@ impl<T: Copy> Locked<T> {
                 Ok(Guard { lock: self, recovered: true })
             }
             libc::EDEADLK => Err(LockError::Reentered),
+            libc::ETIMEDOUT => Err(LockError::Busy),
             _ => Err(LockError::Garbled),
         }
     }
@@ -209,5 +228,19 @@ mod tests {
         assert_eq!(record.tx.lock().err(), Some(LockError::Reentered));
         drop(guard);
         assert!(!record.tx.lock().unwrap().recovered);
+    }
+
+    #[test]
+    fn a_stopped_owner_is_not_waited_for() {
+        // SAFETY: zeroed atomics and mutexes are valid until `init`.
+        let record: Box<Record> = unsafe { Box::new(MaybeUninit::zeroed().assume_init()) };
+        record.init(0, 0, false);
+        let held = record.rx.lock().unwrap();
+        std::thread::scope(|s| {
+            let other = || record.rx.lock_within(Duration::from_millis(20)).err();
+            assert_eq!(s.spawn(other).join().unwrap(), Some(LockError::Busy));
+        });
+        drop(held);
+        assert!(record.rx.lock_within(Duration::ZERO).is_ok());
     }
 }
