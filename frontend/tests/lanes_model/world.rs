@@ -346,7 +346,7 @@ impl World {
             let (recorded, kernel) = (self.rx.wire, self.anchor.taken);
             require(recorded == kernel, || format!("the receiver records {recorded}, took {kernel}"))?;
             let (off, delivered) = (self.rx.off, self.delivered);
-            require(off == delivered.into(), || format!("{delivered} delivered, {off} recorded"))?;
+            require(off == u64::from(delivered), || format!("{delivered} delivered, {off} recorded"))?;
         }
         Ok(())
     }
@@ -372,7 +372,7 @@ impl World {
 
     /// The sender may still look at the memory of this generation.
     pub fn sender_uses(&self, g: u32) -> bool {
-        g == self.ready.into() || g == self.tx.generation && self.phase() != Phase::Anchor
+        g == u32::from(self.ready) || g == self.tx.generation && self.phase() != Phase::Anchor
     }
 
     pub fn summary(&self) -> String {
