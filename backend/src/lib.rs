@@ -1,1 +1,20 @@
-//! Placeholder while the crate is being written.
+//! The host side of vsocket: the library behind `vsocketd`.
+//!
+//! A backend serves the guests of one host. It is split by what may block and what may not: the data thread owns the
+//! [`fabric`] and never waits for anything but readiness; the [`peer`] thread speaks TLS with other backends and hands
+//! over whole, checked messages. Configuration is read once, in full, before either starts ([`config`]).
+//!
+//! | module | what it is for |
+//! |---|---|
+//! | [`config`] | what the operator wrote, checked, with file, line and key in each error |
+//! | [`directory`] | (VNI, inner address) → host and MAC |
+//! | [`fabric`] | moving bytes between hosts in verbs semantics: [`fabric::soft`], [`fabric::loopback`] |
+//! | [`peer`] | the authenticated control connection between two backends |
+//! | [`certs`] | a lab's certificate authority |
+//!
+//! Everything here runs without RDMA hardware; `fabric::loopback` needs not even a network.
+
+pub mod config;
+pub mod directory;
+pub mod fabric;
+pub mod peer;

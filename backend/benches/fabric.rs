@@ -1,0 +1,3 @@
+//! Speed of the soft fabric.
+
+fn main() {}

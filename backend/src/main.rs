@@ -1,0 +1,3 @@
+//! `vsocketd`, the host's daemon. All sense is in the library.
+
+fn main() {}

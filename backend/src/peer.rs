@@ -1,0 +1,3 @@
+//! The control connection to another backend.
+
+pub mod message;
