@@ -18,3 +18,4 @@ pub mod config;
 pub mod directory;
 pub mod fabric;
 pub mod peer;
+pub mod slab;
