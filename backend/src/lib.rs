@@ -17,5 +17,6 @@
 pub mod config;
 pub mod directory;
 pub mod fabric;
+pub mod pairing;
 pub mod peer;
 pub mod slab;
