@@ -14,9 +14,14 @@
 //!
 //! Everything here runs without RDMA hardware; `fabric::loopback` needs not even a network.
 
+pub mod carrier;
 pub mod config;
+pub mod daemon;
 pub mod directory;
 pub mod fabric;
+pub mod metrics;
+pub mod operator;
 pub mod pairing;
 pub mod peer;
 pub mod slab;
+pub mod vport;

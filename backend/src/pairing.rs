@@ -254,6 +254,7 @@ pub struct Pairing {
     effects: VecDeque<Effect>,
     last_stay: u64,
     last_flow: u64,
+    stopping: bool,
 }
 
 impl Pairing {
@@ -284,6 +285,7 @@ impl Pairing {
             effects: VecDeque::new(),
             last_stay: 0,
             last_flow: 0,
+            stopping: false,
         }
     }
 
@@ -294,7 +296,9 @@ impl Pairing {
                 return Some(effect);
             }
             let id = self.ready.pop_front()?;
-            self.try_pair(id, segments);
+            if !self.stopping {
+                self.try_pair(id, segments);
+            }
         }
     }
 
@@ -441,6 +445,22 @@ impl Pairing {
         let open: Vec<EndId> = self.ends.iter().filter_map(open).collect();
         self.ready.extend(open);
         true
+    }
+
+    /// The daemon is about to end: no new stays, and every end leaves the fabric. Direct lanes go on without us.
+    pub fn handle_stop(&mut self, reason: Reason) {
+        self.stopping = true;
+        let fabric = self.stays.iter().filter(|(_, stay)| stay.lane() == Lane::Fabric);
+        let fabric: Vec<u64> = fabric.map(|(id, _)| *id).collect();
+        for id in fabric {
+            self.end_stay(id, reason, usize::MAX);
+            self.settle(id);
+        }
+    }
+
+    /// Stays on the fabric that are not over.
+    pub fn fabric_stays(&self) -> usize {
+        self.stays.values().filter(|stay| stay.lane() == Lane::Fabric).count()
     }
 
     /// Whether a vport is drained.
