@@ -25,7 +25,7 @@
 //! [`next_deadline`](Fabric::next_deadline). Skipping the "until `None`" before a sleep may lose the wake-up.
 //! Nothing here allocates per message once queues have reached their working size.
 //!
-//! ```text
+//! ```
 //! use vsocket_backend::fabric::{loopback, Event, Fabric, Signal, WorkId};
 //!
 //! let (mut a, mut b) = loopback::pair()?;
@@ -39,7 +39,7 @@
 //! a.flush();
 //! assert!(matches!(b.poll(), Some(Event::Received { payload: b"hello, peer", .. })));
 //! # Ok::<(), Box<dyn std::error::Error>>(())
-//! ```text
+//! ```
 
 use std::fmt;
 use std::io;
@@ -47,7 +47,10 @@ use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
+pub mod loopback;
 pub mod memory;
+pub mod registry;
+pub mod soft;
 
 pub use memory::Region;
 
