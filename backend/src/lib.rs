@@ -19,6 +19,7 @@ pub mod config;
 pub mod daemon;
 pub mod directory;
 pub mod fabric;
+pub mod flow;
 pub mod metrics;
 pub mod operator;
 pub mod pairing;
