@@ -15,15 +15,19 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use vsocket_channel::reason::Reason;
 
 use crate::config::Config;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Traffic};
 use crate::operator::Operator;
 use crate::pairing::{Pairing, VportFacts};
 use crate::slab::Pool;
 use crate::vport::Vport;
 
+mod data;
 mod effects;
 mod guests;
+mod peers;
 mod tools;
+
+pub use peers::{Link, LinkEvent};
 
 /// Polling goes on for so long without work.
 const SPIN: Duration = Duration::from_micros(50);
@@ -108,8 +112,16 @@ pub struct Daemon {
     stop: Stop,
     signals: Option<mio::net::UnixStream>,
     pidfd: Arc<OwnedFd>,
+    data: Option<data::Data>,
+    peers: Option<peers::Peers>,
+    /// When the peers were last looked at.
+    watched: Instant,
+    /// Slabs whose bell is ours.
+    rung: Vec<u64>,
     /// Agents whose sockets may hold more than one turn may take.
     more: Vec<u32>,
+    /// Turns of the loop: an idle daemon makes none.
+    pub(crate) passes: u64,
     /// Since when we are to end.
     ending: Option<Instant>,
 }
@@ -156,7 +168,12 @@ impl Daemon {
             stop: Stop { waker, flag: Arc::default() },
             signals: None,
             pidfd: Arc::new(pidfd),
+            data: None,
+            peers: None,
+            watched: Instant::now(),
+            rung: Vec::new(),
             more: Vec::new(),
+            passes: 0,
             ending: None,
         };
         for (n, vport) in daemon.vports.iter().enumerate() {
@@ -193,22 +210,48 @@ impl Daemon {
     /// If waiting itself fails.
     pub fn run(mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(256);
+        let (mut worked_at, mut asked_at) = (Instant::now(), Instant::now());
         loop {
-            let now = Instant::now();
             if self.stop.flag.load(Ordering::Acquire) && self.ending.is_none() {
-                self.ending = Some(now);
+                self.ending = Some(Instant::now());
                 self.pairing.handle_stop(Reason::BackendGone);
             }
+            self.passes += 1;
             self.settle();
-            if let Some(since) = self.ending
-                && (self.pairing.fabric_stays() == 0 || now >= since + FAREWELL)
-            {
+            let worked = self.move_bytes();
+            let now = Instant::now();
+            if worked {
+                worked_at = now;
+            }
+            let polls = self.data.as_ref().is_some_and(|data| !data.is_idle()) && now < worked_at + SPIN;
+            if polls && now < asked_at + ASK && self.more.is_empty() {
+                if !worked {
+                    rustix::thread::sched_yield();
+                }
+                continue;
+            }
+            let gone = |since: Instant| self.pairing.fabric_stays() == 0 || now >= since + FAREWELL;
+            if self.ending.is_some_and(gone) {
                 return Ok(());
             }
-            let timeout = if self.more.is_empty() { self.deadline(now) } else { Some(Duration::ZERO) };
+            // Who sleeps must know until when.
+            self.watch_peers(now);
+            if self.pairing.has_work() || (worked && !polls) {
+                continue;
+            }
+            let mut timeout = Some(Duration::ZERO);
+            if !polls && self.more.is_empty() && self.may_sleep() {
+                timeout = self.deadline(now);
+            }
+            let slept = timeout != Some(Duration::ZERO);
             match self.poll.poll(&mut events, timeout) {
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
                 _ => {}
+            }
+            asked_at = Instant::now();
+            if slept {
+                worked_at = asked_at;
+                self.wake();
             }
             for event in &events {
                 if let Some(source) = Source::of(event.token()) {
@@ -219,20 +262,67 @@ impl Daemon {
             for vport in std::mem::take(&mut self.more) {
                 self.agent_ready(vport);
             }
-            self.pairing.handle_timeout(Instant::now());
+            self.handle_time(asked_at);
+        }
+    }
+
+    /// Moves bytes, and does what came of it. Says whether there was anything.
+    fn move_bytes(&mut self) -> bool {
+        let Some(data) = &mut self.data else { return false };
+        let worked = data.pass(&mut self.metrics.drops);
+        self.take_notices();
+        worked
+    }
+
+    /// Announces that we sleep, and looks once more: true if there is really nothing.
+    fn may_sleep(&mut self) -> bool {
+        let Some(data) = &mut self.data else { return true };
+        data.arm();
+        for number in &self.rung {
+            if let Some(slab) = self.pool.slab(*number) {
+                slab.memory.header().bells[1][0].announce();
+            }
+        }
+        let idle = !data.pass(&mut self.metrics.drops);
+        if !idle {
+            self.wake();
+        }
+        idle
+    }
+
+    /// Takes the announcements back.
+    fn wake(&mut self) {
+        for number in &self.rung {
+            if let Some(slab) = self.pool.slab(*number) {
+                slab.memory.header().bells[1][0].awake(true);
+            }
+        }
+    }
+
+    fn handle_time(&mut self, now: Instant) {
+        self.pairing.handle_timeout(now);
+        self.watch_peers(now);
+        if let Some(data) = &mut self.data
+            && data.fabric.next_deadline().is_some_and(|at| at <= now)
+        {
+            data.fabric.handle_timeout(now);
         }
     }
 
     /// How long the kernel may keep us.
     fn deadline(&self, now: Instant) -> Option<Duration> {
         let ending = self.ending.map(|since| since + FAREWELL);
-        let at = [self.pairing.next_deadline(), ending].into_iter().flatten().min()?;
+        let peers = self.peers.as_ref().and_then(peers::Peers::next_deadline);
+        let fabric = self.data.as_ref().and_then(|data| data.fabric.next_deadline());
+        let all = [self.pairing.next_deadline(), peers, fabric, ending];
+        let at = all.into_iter().flatten().min()?;
         Some(at.saturating_duration_since(now))
     }
 
     fn handle(&mut self, source: Source) {
         match source {
-            Source::Waker | Source::Fabric | Source::Bell(_) => {}
+            Source::Waker => self.link_ready(),
+            Source::Fabric | Source::Bell(_) => {}
             Source::Signal => self.stop.flag.store(true, Ordering::Release),
             Source::Listener(vport) => self.agent_arrives(vport),
             Source::Agent(vport) => self.agent_ready(vport),
@@ -256,15 +346,26 @@ fn at(path: &std::path::Path, error: io::Error) -> io::Error {
 }
 
 impl Daemon {
-    pub(crate) fn fabric_name(&self) -> &'static str {
-        "none"
+    /// What wakes this daemon: for a [`Link`].
+    pub fn waker(&self) -> Arc<Waker> {
+        self.stop.waker.clone()
     }
 
-    pub(crate) fn peer_states(&self) -> serde_json::Value {
-        serde_json::Value::Array(vec![])
+    pub(crate) fn has_fabric(&self) -> bool {
+        self.data.is_some()
     }
 
-    pub(crate) fn traffic(&self, vport: usize) -> crate::metrics::Traffic {
-        self.vports[vport].traffic
+    /// The peers' names, and whether each can be reached.
+    pub(crate) fn peer_states(&self) -> impl Iterator<Item = (&str, bool)> {
+        let states = self.peers.iter().flat_map(|peers| &peers.states);
+        states.map(|peer| (peer.host.as_str(), peer.connected && !peer.silent))
+    }
+
+    /// What a vport's flows have carried, those that are over and those that are not.
+    pub(crate) fn traffic(&self, vport: usize) -> Traffic {
+        let mut sum = self.vports[vport].traffic;
+        let entries = self.data.iter().flat_map(data::Data::entries);
+        entries.filter(|e| e.vport as usize == vport).for_each(|e| sum.add(e.flow.traffic));
+        sum
     }
 }

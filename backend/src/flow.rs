@@ -214,6 +214,11 @@ impl Flow {
         self.life == Life::Running && !self.tx.closed && self.tx.fwd != self.tx.acked
     }
 
+    /// Whether the peer is still to be told that nothing more comes.
+    pub fn owes_end(&self) -> bool {
+        self.life == Life::Stopping
+    }
+
     /// What is the same in all its segments.
     pub fn identity(&self) -> &Identity {
         &self.identity

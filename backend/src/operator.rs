@@ -85,16 +85,19 @@ impl Daemon {
     fn totals(&self) -> Value {
         let vports: Vec<_> = self.vports.iter().enumerate().map(|(n, _)| self.vport(n)).collect();
         let (direct, fabric) = self.pairing.lanes();
+        let peers: Vec<_> = self.peer_states().map(|(host, up)| json!({ "host": host, "up": up })).collect();
         json!({
             "host": self.host,
-            "fabric": self.fabric_name(),
+            "fabric": if self.has_fabric() { "soft" } else { "none" },
             "vports": vports,
             "lanes": { "direct": direct, "fabric": fabric },
+            "passes": self.passes,
+            "stays": self.pairing.stays(),
             "slabs": self.pool.len(),
             "declines": object(self.metrics.declines()),
             "withdrawals": object(self.metrics.withdrawals()),
             "drops": object(self.metrics.drops.iter()),
-            "peers": self.peer_states(),
+            "peers": peers,
         })
     }
 

@@ -302,6 +302,11 @@ impl Pairing {
         }
     }
 
+    /// Whether [`poll`](Self::poll) has something to do.
+    pub fn has_work(&self) -> bool {
+        !self.effects.is_empty() || !self.ready.is_empty()
+    }
+
     /// When [`handle_timeout`](Self::handle_timeout) wants to be called.
     pub fn next_deadline(&self) -> Option<Instant> {
         self.resting.peek().map(|Reverse((at, _))| *at)

@@ -226,6 +226,11 @@ impl Slab {
         })
     }
 
+    /// Whether this backend is one of the mappers.
+    pub fn is_fabric(&self) -> bool {
+        matches!(self.key, SlabKey::Fabric(..))
+    }
+
     /// Makes a segment ready for a generation.
     fn prepare(&mut self, index: u32) -> io::Result<()> {
         let geometry = self.memory.geometry;
@@ -236,7 +241,7 @@ impl Slab {
         }
         let header = self.memory.segment(index).ok_or(io::ErrorKind::InvalidInput)?;
         header.directions.iter().for_each(vsocket_channel::layout::Direction::reset);
-        let backend_waits = matches!(self.key, SlabKey::Fabric(..));
+        let backend_waits = self.is_fabric();
         header.waiters[0].mask.store(0, Ordering::Relaxed);
         header.waiters[1].mask.store(u32::from(backend_waits), Ordering::Release);
         Ok(())

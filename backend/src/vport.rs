@@ -1,6 +1,5 @@
 //! One guest's attachment: its listening socket, its agent while there is one, and its counters.
 
-use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
@@ -24,8 +23,6 @@ pub struct Agent {
 pub struct Vport {
     /// What the configuration says.
     pub config: config::Vport,
-    /// Flows' numbers of this vport that carry something.
-    pub flows: HashSet<u64>,
     /// What flows that are over have carried.
     pub traffic: Traffic,
     /// Its agent.
@@ -41,7 +38,7 @@ impl Vport {
     /// What the socket calls say.
     pub fn new(config: config::Vport) -> io::Result<Self> {
         let listener = carrier::listen_at(&config.socket)?;
-        Ok(Self { config, flows: HashSet::new(), traffic: Traffic::default(), agent: None, listener })
+        Ok(Self { config, traffic: Traffic::default(), agent: None, listener })
     }
 
     /// For registration with the event loop.

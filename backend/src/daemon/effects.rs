@@ -1,9 +1,13 @@
 //! Does what pairing wants done.
 
+use std::os::fd::AsRawFd;
+
+use mio::Interest;
 use vsocket_channel::Side;
 use vsocket_channel::message::{Lane, Message, Segment};
 
-use super::Daemon;
+use super::data::Data;
+use super::{Daemon, Source};
 use crate::carrier::Fds;
 use crate::pairing::{Effect, EndId};
 use crate::slab::{Change, SegmentId};
@@ -19,10 +23,26 @@ impl Daemon {
                     self.prepare(end, generation, segment, side, lane);
                 }
                 Effect::Release { segment, reuse } => self.pool.give_back(segment, reuse),
-                _ => {}
+                Effect::Peer { peer, message } => self.send_peer(peer, message),
+                Effect::NeedQp { peer, vni } => self.need_pair(peer, vni),
+                Effect::FlowStart(start) => self.start_flow(&start),
+                Effect::FlowReady { flow, rx } => self.with_data(|data| data.ready(flow, rx)),
+                Effect::FlowStop { flow } => self.with_data(|data| data.stop(flow)),
+                Effect::FlowDrop { flow } => {
+                    let carried = self.data.as_mut().and_then(|data| data.remove(flow));
+                    if let Some((vport, traffic)) = carried {
+                        self.vports[vport as usize].traffic.add(traffic);
+                    }
+                }
             }
         }
         self.slabs_changed();
+    }
+
+    fn with_data(&mut self, act: impl FnOnce(&mut Data)) {
+        if let Some(data) = &mut self.data {
+            act(data);
+        }
     }
 
     fn tell(&mut self, vport: u32, message: &Message, fds: Fds) {
@@ -46,8 +66,27 @@ impl Daemon {
         self.tell(end.vport, &Message::Prepare { conn: end.conn, generation, segment }, fds);
     }
 
+    /// Watches the bells of new slabs, and forgets what is no more.
     fn slabs_changed(&mut self) {
         let changes: Vec<Change> = self.pool.changes().collect();
-        drop(changes);
+        for change in changes {
+            match change {
+                Change::Created(number) => {
+                    let slab = self.pool.slab(number).filter(|slab| slab.is_fabric());
+                    let Some(bell) = slab.map(|slab| slab.bells[1][0].as_raw_fd()) else { continue };
+                    if let Err(error) = self.watch(bell, Source::Bell(number), Interest::READABLE) {
+                        tracing::warn!(%error, "cannot watch a bell");
+                    }
+                    self.rung.push(number);
+                }
+                Change::Gone(number, slab) => {
+                    if slab.is_fabric() {
+                        self.unwatch(slab.bells[1][0].as_raw_fd());
+                        self.rung.retain(|n| *n != number);
+                        self.with_data(|data| data.forget_slab(number));
+                    }
+                }
+            }
+        }
     }
 }

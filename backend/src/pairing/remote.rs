@@ -22,20 +22,28 @@ use crate::slab::{SegmentId, Segments, SlabKey};
 const MAX_OFFERS: usize = 1 << 16;
 
 /// Why a peer's message was dropped.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Dropped {
     /// It offers an address that the directory has elsewhere.
-    #[error("peer-offer-address")]
     Address,
     /// Too many offers wait.
-    #[error("peer-offer-crowded")]
     Crowded,
     /// It names a flow or generation that is not.
-    #[error("peer-flow-unknown")]
     Unknown,
     /// It does not fit the flow's state.
-    #[error("peer-message-unexpected")]
     Unexpected,
+}
+
+impl Dropped {
+    /// Its name in the counters.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Address => "peer-offer-address",
+            Self::Crowded => "peer-offer-crowded",
+            Self::Unknown => "peer-flow-unknown",
+            Self::Unexpected => "peer-message-unexpected",
+        }
+    }
 }
 
 impl Pairing {
@@ -66,6 +74,16 @@ impl Pairing {
     /// A queue pair works.
     pub fn handle_qp_up(&mut self, peer: u32, vni: u32) {
         self.qps.insert((peer, vni));
+        let waits = |stay: &Stay| match stay.parties {
+            [Party::Guest(_), Party::Host(host)] => {
+                host.peer == peer && matches!(host.phase, HostPhase::Waiting(_))
+            }
+            _ => false,
+        };
+        let waiting: Vec<u64> = self.stays.iter().filter(|(_, s)| waits(s)).map(|(id, _)| *id).collect();
+        for stay in waiting {
+            self.advance(stay);
+        }
         self.retry_peer(peer);
     }
 
@@ -83,10 +101,39 @@ impl Pairing {
         self.settle(stay);
     }
 
+    /// A flow could not be made, so the peer was not told where it would receive.
+    pub fn handle_unstarted(&mut self, flow: u64, reason: Reason) {
+        let Some(FlowUse::Stay(id)) = self.flows.get(&flow).copied() else { return };
+        let Some(stay) = self.stays.get_mut(&id) else { return };
+        let generation = stay.generation;
+        let Some(host) = stay.host() else { return };
+        let Host { peer, peer_flow, phase, .. } = *host;
+        host.phase = HostPhase::Quiet;
+        if phase == HostPhase::Ready {
+            // The one who leads waits for our answer.
+            let message = PeerMessage::Refuse { flow, peer_flow, generation, reason: reason as u16 };
+            self.effects.push_back(Effect::Peer { peer, message });
+        } else {
+            self.put_back(id, RemoteOffer { peer, flow: peer_flow, min_generation: generation + 1 });
+        }
+        self.end_stay(id, reason, 1);
+        self.settle(id);
+    }
+
+    /// Looks again at what waits for this peer.
+    pub fn handle_retry(&mut self, peer: u32) {
+        self.retry_peer(peer);
+    }
+
     /// The peer's last byte of a flow is here.
     pub fn handle_quiet(&mut self, flow: u64) {
         let Some(FlowUse::Stay(id)) = self.flows.get(&flow).copied() else { return };
-        self.quiet(id, Reason::PeerLeft);
+        let Some(host) = self.stays.get_mut(&id).and_then(Stay::host) else { return };
+        host.ended = true;
+        // Before its `Withdraw`, which says why, has come: that is under way on the control connection.
+        if host.phase == HostPhase::Withdrawn {
+            self.quiet(id, Reason::PeerLeft);
+        }
     }
 
     /// A whole message of a peer.
@@ -127,7 +174,8 @@ impl Pairing {
                 let id = self.stay_of(peer, peer_flow, generation).ok_or(Dropped::Unknown)?;
                 let reason = Reason::from_code(reason).unwrap_or(Reason::PeerLeft);
                 if let Some(stay) = self.stays.get_mut(&id) {
-                    stay.again = reason == Reason::Busy;
+                    // Nothing is wrong with our end: its agent need not open it again.
+                    stay.again = matches!(reason, Reason::Busy | Reason::PeerNotOpen | Reason::Superseded);
                 }
                 self.quiet(id, reason);
                 Ok(())
@@ -206,12 +254,15 @@ impl Pairing {
         let Some(stay) = self.stays.get_mut(&id) else { return };
         let (generation, segment) = (stay.generation, stay.segment);
         let Party::Guest(Guest { end, phase: GuestPhase::Ready }) = stay.parties[0] else { return };
+        let up = |host: &Host| self.qps.contains(&(host.peer, self.vports[end.vport as usize].facts.vni));
         let Some(host) = stay.host() else { return };
         let rx = match host.phase {
             HostPhase::Unasked(_) => {
                 host.phase = HostPhase::Asked;
                 None
             }
+            // The leader may see the queue pair work a little before us.
+            HostPhase::Waiting(_) if !up(host) => return,
             HostPhase::Waiting(rx) => {
                 host.phase = HostPhase::Ready;
                 Some(rx)
@@ -245,7 +296,7 @@ impl Pairing {
             id,
             generation,
             segment,
-            Host { peer: offer.peer, flow, peer_flow: offer.flow, phase },
+            Host { peer: offer.peer, flow, peer_flow: offer.flow, phase, ended: false },
         );
     }
 
@@ -349,12 +400,10 @@ impl Pairing {
         if generation < least {
             return Err(Reason::Superseded);
         }
-        if !self.qps.contains(&(peer, vni)) {
-            return Err(Reason::FabricDown);
-        }
         let segment = self.segment(id, peer, segments).ok_or(Reason::Quota)?;
         let phase = HostPhase::Waiting(rx);
-        self.begin_fabric(id, generation, segment, Host { peer, flow: own, peer_flow: flow, phase });
+        let host = Host { peer, flow: own, peer_flow: flow, phase, ended: false };
+        self.begin_fabric(id, generation, segment, host);
         Ok(())
     }
 
@@ -383,12 +432,16 @@ impl Pairing {
             let message = PeerMessage::Withdrawn { flow: own, peer_flow: theirs, generation };
             return self.effects.push_back(Effect::Peer { peer, message });
         };
-        let reason = Reason::from_code(reason).unwrap_or(Reason::PeerLeft);
+        let reason = match Reason::from_code(reason) {
+            Some(Reason::BackendGone) => Reason::PeerBackendGone,
+            Some(reason) => reason,
+            None => Reason::PeerLeft,
+        };
         let Some(host) = self.stays.get_mut(&id).and_then(Stay::host) else { return };
         let Host { flow, peer_flow, .. } = *host;
         match host.phase {
             HostPhase::Asked | HostPhase::Ready => {
-                host.phase = HostPhase::Withdrawn;
+                host.phase = if host.ended { HostPhase::Quiet } else { HostPhase::Withdrawn };
                 self.effects.push_back(Effect::FlowStop { flow });
             }
             HostPhase::Waiting(_) => {

@@ -52,6 +52,8 @@ pub(super) struct Host {
     pub flow: u64,
     pub peer_flow: u64,
     pub phase: HostPhase,
+    /// Its last byte is here, though we do not know yet why.
+    pub ended: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -235,7 +237,7 @@ impl Pairing {
         let Some(stay) = self.stays.get_mut(&id) else { return };
         let generation = stay.generation;
         let Some(host) = stay.host() else { return };
-        let Host { peer, flow, peer_flow, phase } = *host;
+        let Host { peer, flow, peer_flow, phase, ended } = *host;
         let reason = reason as u16;
         match phase {
             HostPhase::Unasked(offer) => {
@@ -243,7 +245,7 @@ impl Pairing {
                 self.put_back(id, offer);
             }
             HostPhase::Asked | HostPhase::Ready => {
-                host.phase = HostPhase::Withdrawn;
+                host.phase = if ended { HostPhase::Quiet } else { HostPhase::Withdrawn };
                 let message = PeerMessage::Withdraw { flow, peer_flow, generation, reason };
                 self.effects.push_back(Effect::FlowStop { flow });
                 self.effects.push_back(Effect::Peer { peer, message });

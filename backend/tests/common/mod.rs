@@ -7,18 +7,19 @@ use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send};
 use vsocket_backend::carrier::connect_to;
-use vsocket_backend::config::{Config, Mac, Vport};
-use vsocket_backend::daemon::{Daemon, Stop};
-use vsocket_backend::directory::Directory;
+use vsocket_backend::config::{Backends, Config, Fabric, Mac, Peer, Tls, Vport};
+use vsocket_backend::daemon::{Daemon, Link, LinkEvent, Stop};
+use vsocket_backend::directory::{Directory, Place};
+use vsocket_backend::fabric::soft::{Options, Soft};
 use vsocket_backend::operator::ask;
-use vsocket_backend::peer::message::HostName;
+use vsocket_backend::peer::message::{HostName, PeerMessage};
 use vsocket_backend::slab::{Memory, View};
 use vsocket_channel::message::{MAX_FDS, MESSAGE_LEN, Message, Segment, Tuple};
 
@@ -71,7 +72,10 @@ pub struct Running {
 impl Running {
     pub fn new(config: Config) -> Self {
         let control = config.control.clone();
-        let daemon = Daemon::new(config).unwrap();
+        Self::start(Daemon::new(config).unwrap(), control)
+    }
+
+    pub fn start(daemon: Daemon, control: PathBuf) -> Self {
         let stop = daemon.stopper();
         Self { control, stop, thread: Some(std::thread::spawn(move || daemon.run())) }
     }
@@ -197,4 +201,118 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
         assert!(Instant::now() < end, "{what}");
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// A control connection between two daemons of one process.
+pub struct Wire {
+    waker: Arc<mio::Waker>,
+    far_waker: Arc<mio::Waker>,
+    inbox: crossbeam_channel::Receiver<LinkEvent>,
+    own: crossbeam_channel::Sender<LinkEvent>,
+    far: crossbeam_channel::Sender<LinkEvent>,
+    frozen: Arc<AtomicBool>,
+}
+
+/// Stops the second daemon as SIGSTOP does, and lets it go on.
+pub struct Switch {
+    frozen: Arc<AtomicBool>,
+    waker: Arc<mio::Waker>,
+}
+
+impl Switch {
+    pub fn freeze(&self, on: bool) {
+        self.frozen.store(on, Ordering::SeqCst);
+        self.waker.wake().unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+impl Drop for Switch {
+    fn drop(&mut self) {
+        self.frozen.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Link for Wire {
+    fn send(&mut self, _peer: u32, message: PeerMessage) {
+        let _ = self.far.send(LinkEvent::Message(0, message));
+        let _ = self.far_waker.wake();
+    }
+
+    fn reset(&mut self, _peer: u32) {
+        for end in [&self.own, &self.far] {
+            let _ = end.send(LinkEvent::Down(0));
+            let _ = end.send(LinkEvent::Up(0));
+        }
+        let _ = self.waker.wake();
+        let _ = self.far_waker.wake();
+    }
+
+    fn poll(&mut self) -> Option<LinkEvent> {
+        while self.frozen.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.inbox.try_recv().ok()
+    }
+}
+
+/// Joins two daemons over the soft fabric on loopback.
+pub fn join(a: &mut Daemon, b: &mut Daemon, hosts: [&str; 2]) -> Switch {
+    let (to_a, inbox_a) = crossbeam_channel::unbounded();
+    let (to_b, inbox_b) = crossbeam_channel::unbounded();
+    let frozen = Arc::new(AtomicBool::new(false));
+    let (waker_a, waker_b) = (a.waker(), b.waker());
+    let wire_a = Wire {
+        waker: waker_a.clone(),
+        far_waker: waker_b.clone(),
+        inbox: inbox_a,
+        own: to_a.clone(),
+        far: to_b.clone(),
+        frozen: Arc::default(),
+    };
+    let wire_b = Wire {
+        waker: waker_b.clone(),
+        far_waker: waker_a.clone(),
+        inbox: inbox_b,
+        own: to_b.clone(),
+        far: to_a.clone(),
+        frozen: frozen.clone(),
+    };
+    let soft = || Box::new(Soft::new("127.0.0.1:0".parse().unwrap(), Options::default()).unwrap());
+    a.join(soft(), Box::new(wire_a), vec![hosts[1].to_owned()]).unwrap();
+    b.join(soft(), Box::new(wire_b), vec![hosts[0].to_owned()]).unwrap();
+    to_a.send(LinkEvent::Up(0)).unwrap();
+    to_b.send(LinkEvent::Up(0)).unwrap();
+    waker_a.wake().unwrap();
+    waker_b.wake().unwrap();
+    Switch { frozen, waker: waker_b }
+}
+
+/// Two hosts with a guest each in VNI 100 and in VNI 200, where addresses coincide.
+pub fn two_hosts(dir: &Dir) -> (Running, Running, Switch) {
+    let mut configs = [
+        config(dir, "h1", vec![vport(dir, "a", 100, "198.51.100.1"), vport(dir, "e", 200, "198.51.100.3")]),
+        config(dir, "h2", vec![vport(dir, "c", 100, "198.51.100.3"), vport(dir, "d", 200, "198.51.100.1")]),
+    ];
+    let far = [configs[1].vports.clone(), configs[0].vports.clone()];
+    for (n, (config, far)) in configs.iter_mut().zip(&far).enumerate() {
+        let host = HostName::new(["h2", "h1"][n]).unwrap();
+        for vport in far {
+            let vtep = "127.0.0.1".parse().unwrap();
+            let place = Place { host: host.clone(), vtep, mac: vport.mac };
+            assert!(config.directory.insert(vport.vni, vport.addresses[0], place));
+        }
+        let address = "127.0.0.1:1".parse().unwrap();
+        config.backends = Some(Backends {
+            tls: Tls { ca: PathBuf::new(), cert: PathBuf::new(), key: PathBuf::new() },
+            listen: address,
+            fabric: Fabric::Soft { listen: address },
+            peers: vec![Peer { host, vtep: "127.0.0.1".parse().unwrap(), control: address }],
+        });
+    }
+    let controls = configs.each_ref().map(|c| c.control.clone());
+    let [mut a, mut b] = configs.map(|c| Daemon::new(c).unwrap());
+    let switch = join(&mut a, &mut b, ["h1", "h2"]);
+    let [control_a, control_b] = controls;
+    (Running::start(a, control_a), Running::start(b, control_b), switch)
 }
