@@ -166,7 +166,9 @@ impl Dialled {
                 }
             }
             self.fabric.flush();
-            while self.fabric.poll().is_some() {}
+            while let Some(event) = self.fabric.poll() {
+                full &= !matches!(event, Event::Room { .. });
+            }
             if full {
                 self.sleeper.sleep();
             }

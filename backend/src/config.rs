@@ -3,6 +3,8 @@
 //! Everything is checked before anything starts, and every error names file, line and key. Paths are taken as they are,
 //! relative to the daemon's working directory; whether files can be read is found out by those who read them.
 
+#![forbid(unsafe_code)]
+
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};

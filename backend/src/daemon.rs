@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
+use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use vsocket_channel::reason::Reason;
 
 use crate::config::Config;
@@ -25,9 +26,11 @@ mod data;
 mod effects;
 mod guests;
 mod peers;
+mod start;
 mod tools;
 
 pub use peers::{Link, LinkEvent};
+pub use start::{Error, run};
 
 /// Polling goes on for so long without work.
 const SPIN: Duration = Duration::from_micros(50);
@@ -132,9 +135,9 @@ impl Daemon {
     /// # Errors
     ///
     /// What cannot be listened at, or what the system does not give.
-    pub fn new(config: Config) -> io::Result<Self> {
-        let poll = Poll::new()?;
-        let waker = Arc::new(Waker::new(poll.registry(), Source::Waker.token())?);
+    pub fn new(config: Config) -> Result<Self, Error> {
+        let poll = Poll::new().map_err(Error::System)?;
+        let waker = Arc::new(Waker::new(poll.registry(), Source::Waker.token()).map_err(Error::System)?);
         let facts = |vport: &crate::config::Vport| VportFacts {
             vni: vport.vni,
             addresses: vport.addresses.clone(),
@@ -147,15 +150,13 @@ impl Daemon {
         let mut vports = Vec::new();
         for vport in config.vports {
             let path = vport.socket.clone();
-            vports.push(Vport::new(vport).map_err(|error| self::at(&path, error))?);
+            vports.push(Vport::new(vport).map_err(|source| Error::Listen { path, source })?);
         }
-        let operator = Operator::new(config.control)?;
+        let path = config.control.clone();
+        let operator = Operator::new(config.control).map_err(|source| Error::Listen { path, source })?;
         let mut boot = [0; 8];
-        getrandom::fill(&mut boot).map_err(|_| io::Error::other("no random bytes"))?;
-        let pidfd = rustix::process::pidfd_open(
-            rustix::process::getpid(),
-            rustix::process::PidfdFlags::empty(),
-        )?;
+        getrandom::fill(&mut boot).map_err(|error| Error::System(io::Error::other(error)))?;
+        let pidfd = pidfd_open(getpid(), PidfdFlags::empty()).map_err(|e| Error::System(e.into()))?;
         let daemon = Self {
             host: config.host.as_str().to_owned(),
             vports,
@@ -177,9 +178,11 @@ impl Daemon {
             ending: None,
         };
         for (n, vport) in daemon.vports.iter().enumerate() {
-            daemon.watch(vport.raw_fd(), Source::Listener(n as u32), Interest::READABLE)?;
+            let source = Source::Listener(n as u32);
+            daemon.watch(vport.raw_fd(), source, Interest::READABLE).map_err(Error::System)?;
         }
-        daemon.watch(daemon.operator.raw_fd(), Source::Operator, Interest::READABLE)?;
+        let operator = daemon.operator.raw_fd();
+        daemon.watch(operator, Source::Operator, Interest::READABLE).map_err(Error::System)?;
         Ok(daemon)
     }
 
@@ -339,10 +342,6 @@ impl Daemon {
         // A descriptor that is about to be closed leaves the set with its last copy anyhow.
         let _ = self.poll.registry().deregister(&mut SourceFd(&fd));
     }
-}
-
-fn at(path: &std::path::Path, error: io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
 impl Daemon {

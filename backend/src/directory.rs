@@ -3,6 +3,8 @@
 //! Static, from the configuration. Addresses of this host's own vports are not in it. Unsafe-free and without I/O, so
 //! that a directory fed from elsewhere later has only to fill the same table.
 
+#![forbid(unsafe_code)]
+
 use std::collections::HashMap;
 use std::net::IpAddr;
 

@@ -47,6 +47,7 @@ use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
+pub mod fault;
 pub mod loopback;
 pub mod memory;
 pub mod registry;
@@ -65,6 +66,13 @@ pub const MAX_GATHER: usize = 8;
 
 /// A one-time secret that binds a fabric connection to the control connection on which it was agreed.
 pub type Secret = [u8; 32];
+
+/// A new secret, from the operating system.
+pub fn new_secret() -> Result<Secret, Error> {
+    let mut secret = [0; 32];
+    getrandom::fill(&mut secret).map_err(|_| Error::Entropy)?;
+    Ok(secret)
+}
 
 /// A protection domain of one fabric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -1,9 +1,13 @@
 //! The operator's socket: questions from `vsocketd stat`, orders from `vsocketd drain`.
+//!
+//! A question is a control message, the answer one too, with a memfd beside it that holds JSON or an error's words.
+
+#![forbid(unsafe_code)]
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -12,6 +16,10 @@ use vsocket_channel::message::Message;
 
 use crate::carrier::{self, Carrier};
 use crate::daemon::Daemon;
+
+mod tool;
+
+pub use tool::{ToolError, as_text, ask, drain, stat};
 
 /// Tools that may be connected at the same time.
 const TOOLS: usize = 16;
@@ -69,7 +77,6 @@ impl Drop for Operator {
     }
 }
 
-/// What a tool asked.
 impl Daemon {
     /// Answers one message of a tool.
     pub(crate) fn answer(&mut self, message: Message) -> (bool, String) {
@@ -148,31 +155,4 @@ pub fn answer_file(text: &str) -> io::Result<(Arc<OwnedFd>, u64)> {
     // Written by offset, so that the receiver reads from the beginning.
     std::os::unix::fs::FileExt::write_all_at(&file, text.as_bytes(), 0)?;
     Ok((Arc::new(file.into()), text.len() as u64))
-}
-
-/// Asks a daemon: for tools and tests.
-///
-/// # Errors
-///
-/// If there is no daemon at `control`, or it does not answer as it should; its own refusal in words.
-pub fn ask(control: &Path, question: Message) -> io::Result<String> {
-    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send};
-    let socket = carrier::connect_to(control)?;
-    send(&socket, &question.encode(), SendFlags::NOSIGNAL)?;
-    let mut image = [0; vsocket_channel::message::MESSAGE_LEN];
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let mut into = [io::IoSliceMut::new(&mut image)];
-    let got = recvmsg(&socket, &mut into, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?.bytes;
-    let fds = ancillary.drain().find_map(|m| match m {
-        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
-        _ => None,
-    });
-    let reply = Message::decode(image.get(..got).unwrap_or_default()).map_err(io::Error::other)?;
-    let (Message::Reply { len, ok }, Some(fd)) = (reply, fds) else {
-        return Err(io::Error::other("the daemon did not answer"));
-    };
-    let mut text = String::new();
-    File::from(fd).take(len).read_to_string(&mut text)?;
-    if ok { Ok(text) } else { Err(io::Error::other(text)) }
 }

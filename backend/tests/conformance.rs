@@ -294,6 +294,39 @@ fn a_fault_leaves_other_queue_pairs_alone(mut pair: Pair) {
     pair.until("the other", |seen| received(&seen[1]) == [b"still here"]);
 }
 
+/// The end that finds the fault has a stream half out: what it has begun is finished, and the peer still hears why.
+fn a_fault_is_told_in_the_middle_of_sending(mut pair: Pair) {
+    const LEN: usize = 100_000;
+    let [a, b] = pair.connect();
+    let source = pair.ends[0].register(a.domain, filled(LEN, 5), Access::Local).unwrap();
+    let target = pair.ends[0].register(a.domain, Region::private(64), Access::RemoteWrite).unwrap();
+    let sink = pair.ends[1].register(b.domain, Region::private(LEN), Access::RemoteWrite).unwrap();
+    let wrong = pair.ends[1].register(b.domain, Region::private(64), Access::Local).unwrap();
+    let mut posted = 0;
+    while pair.write(0, a.qp, posted, range(source, 0, LEN), at(sink, 0)) == Ok(())
+        && pair.send(0, a.qp, posted + 1, &[3; 999]) == Ok(())
+    {
+        posted += 2;
+        pair.ends[0].flush();
+    }
+    pair.write(1, b.qp, 7, range(wrong, 0, 64), at(target, 1)).unwrap();
+    pair.ends[1].flush();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while disconnected(&pair.seen[0]).is_none() {
+        assert!(Instant::now() < deadline);
+        while let Some(event) = pair.ends[0].poll() {
+            pair.seen[0].push(own(event));
+        }
+        // In memory, nothing is carried before its poster turns again.
+        pair.ends[1].flush();
+    }
+    assert_eq!(disconnected(&pair.seen[0]), Some(Disconnect::PeerFault(Fault::Bounds)));
+    assert!(!completed(&pair.seen[0], Status::Flushed).is_empty());
+    pair.until("the reason", |seen| disconnected(&seen[1]).is_some());
+    assert_eq!(disconnected(&pair.seen[1]), Some(Disconnect::Terminated(Fault::Bounds)));
+    assert!(received(&pair.seen[1]).iter().all(|message| *message == [3; 999]));
+}
+
 fn local_mistakes_are_refused_at_once(mut pair: Pair) {
     let [a, b] = pair.connect();
     let local = pair.ends[0].register(a.domain, filled(64, 1), Access::Local).unwrap();
@@ -465,6 +498,7 @@ on_every_fabric! {
     another_domain_cannot_be_written,
     a_region_taken_back_cannot_be_written,
     a_fault_leaves_other_queue_pairs_alone,
+    a_fault_is_told_in_the_middle_of_sending,
     local_mistakes_are_refused_at_once,
     a_full_queue_says_so_and_recovers,
     the_death_of_a_peer_flushes_what_is_outstanding,

@@ -1,1 +1,22 @@
-//! Placeholder while the crate is being written.
+//! The guest's side: lanes, records, waiting, the agent, and what the preloaded library decides.
+
+#![allow(
+    clippy::module_name_repetitions,
+    clippy::cast_possible_truncation,
+    clippy::must_use_candidate,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_wrap,
+    clippy::missing_errors_doc,
+    clippy::collapsible_if,
+    clippy::cast_ptr_alignment,
+    clippy::doc_markdown
+)]
+
+pub mod lane;
+
+pub mod carrier;
+pub mod endpoint;
+pub mod kernel;
+pub mod memory;
+pub mod program;
+pub mod record;

@@ -30,6 +30,8 @@ pub enum LinkEvent {
     Message(u32, PeerMessage),
     /// The connection to this peer is gone.
     Down(u32),
+    /// A stranger was turned away, for the reason of this name.
+    Refused(&'static str),
 }
 
 /// The control connections to all peers, by their number in the configuration. It wakes the daemon when it has an event.
@@ -112,6 +114,7 @@ impl Daemon {
                     self.set_peer(peer, false);
                     self.drop_peer(peer, Reason::PeerBackendGone);
                 }
+                LinkEvent::Refused(name) => self.metrics.drops.count(name),
                 LinkEvent::Message(peer, message) => self.peer_says(peer, &message),
             }
         }

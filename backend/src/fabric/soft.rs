@@ -10,6 +10,7 @@
 //! | [`rx`] | stream → placed bytes and messages; payload goes from the kernel to its region uncopied | one read |
 //! | [`listener`] | strangers and secrets | reads one frame |
 //! | [`qp`] | one connection's life | yes |
+//! | `door` | who is let in from the listening socket | yes |
 //! | this | all of them: readiness, events, deadlines | yes |
 //!
 //! The first FPDU after the start-up frames is the dialler's, a WRITE of no bytes: RFC 5044 lets the listener send only
@@ -27,7 +28,7 @@ use std::time::{Duration, Instant};
 use mio::net::{TcpListener, TcpStream};
 use mio::{Interest, Poll, Token};
 
-use self::listener::{Ledger, MAX_STRANGERS, Stranger};
+use self::listener::{Ledger, Stranger};
 use self::mpa::Binding;
 use self::qp::{Outcome, Phase, Qp};
 use super::registry::Registry;
@@ -37,6 +38,7 @@ use super::{
 };
 
 pub mod ddp;
+mod door;
 pub mod listener;
 pub mod mpa;
 pub mod qp;
@@ -294,75 +296,6 @@ impl Soft {
                     }
                 }
             }
-        }
-    }
-
-    fn accept(&mut self) {
-        loop {
-            match self.listener.accept() {
-                Ok((stream, from)) => self.admit(stream, from),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept on the fabric's port");
-                    return;
-                }
-            }
-        }
-    }
-
-    fn admit(&mut self, mut stream: TcpStream, from: SocketAddr) {
-        let vacant = self.strangers.iter().position(Option::is_none);
-        let at = match vacant {
-            Some(at) => at,
-            None if self.strangers.len() < MAX_STRANGERS => {
-                self.strangers.push(None);
-                self.strangers.len() - 1
-            }
-            None => {
-                let waited = |at: &usize| self.strangers[*at].as_ref().map(|stranger| stranger.deadline);
-                let oldest = (0..MAX_STRANGERS).min_by_key(waited).unwrap_or(0);
-                self.refuse(oldest, Refusal::Crowded);
-                oldest
-            }
-        };
-        if self.poll.registry().register(&mut stream, Token(STRANGERS + at), Interest::READABLE).is_ok() {
-            self.strangers[at] = Some(Stranger::new(stream, from, Instant::now()));
-        }
-    }
-
-    fn refuse(&mut self, at: usize, reason: Refusal) {
-        let Some(mut stranger) = self.strangers[at].take() else { return };
-        let _ = self.poll.registry().deregister(&mut stranger.stream);
-        self.refused[reason as usize] += 1;
-        self.happened.push_back(Happened::Refused(stranger.from, reason));
-    }
-
-    /// A stranger has spoken.
-    fn hear(&mut self, at: usize) {
-        let Some(stranger) = self.strangers.get_mut(at).and_then(Option::as_mut) else { return };
-        let (binding, crc) = match stranger.read() {
-            Ok(Some(request)) => request,
-            Ok(None) => return,
-            Err(reason) => return self.refuse(at, reason),
-        };
-        match self.ledger.redeem(&binding) {
-            Ok(index) => self.recognise(at, index, &binding, crc),
-            Err(reason) => self.refuse(at, reason),
-        }
-    }
-
-    fn recognise(&mut self, at: usize, index: usize, binding: &Binding, crc: bool) {
-        let Some(Stranger { mut stream, .. }) = self.strangers[at].take() else { return };
-        let _ = self.poll.registry().deregister(&mut stream);
-        let Some(qp) = &mut self.slots[index].qp else { return };
-        if let Err(error) = stream.set_nodelay(true) {
-            return self.fail(index, Disconnect::Io(error.kind()));
-        }
-        qp.adopt(stream, binding, crc || self.options.crc);
-        match self.watch(index) {
-            Ok(()) => self.transmit(index),
-            Err(error) => self.fail(index, Disconnect::Io(error.kind())),
         }
     }
 }

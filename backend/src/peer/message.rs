@@ -12,6 +12,8 @@
 //! right is an error of its own name, and the end of the connection: two backends that disagree about the language
 //! must not guess. No I/O here.
 
+#![forbid(unsafe_code)]
+
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str;

@@ -101,7 +101,6 @@ impl Terminate {
         out.extend([layer << 4 | kind & 0x0f, code, quoted, 0]);
         if !header.is_empty() {
             out.extend(segment_len.to_be_bytes());
-            out.extend([0, 0]);
             out.extend(header);
         }
     }
@@ -141,7 +140,7 @@ mod tests {
         for fault in faults {
             let mut out = Vec::new();
             Terminate::emit(fault, 20, &[0xc1; 14], &mut out);
-            assert_eq!((Terminate::parse(&out), out.len()), (Some(fault), 22));
+            assert_eq!((Terminate::parse(&out), out.len()), (Some(fault), 20));
         }
         assert_eq!(Terminate::parse(&[0x11]), None);
     }

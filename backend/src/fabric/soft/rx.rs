@@ -329,3 +329,130 @@ impl Rx {
         Ok(Some(if last { Step::Assembled } else { Step::Placed }))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::fabric::soft::tx::Tx;
+    use crate::fabric::{Access, LocalRange, MemoryKey, Region, RemoteAddress, Signal, WorkId};
+
+    const DOMAIN: DomainId = DomainId(1);
+
+    /// A stream of all that is spoken, as bytes.
+    fn stream(crc: bool, key: MemoryKey) -> Vec<u8> {
+        let (a, mut b) = UnixStream::pair().unwrap();
+        let mut tx = Tx::new(crc);
+        let source = Region::private(9000);
+        for n in 0..4_u64 {
+            let len = [0, 100, 3000, 9000][n as usize];
+            let local = LocalRange { lkey: 0, offset: 0, len };
+            let remote = RemoteAddress { rkey: key.rkey, address: key.base + n };
+            tx.post_write(WorkId(n), &source, local, remote, Signal::No).unwrap();
+            tx.post_send(WorkId(n), &[&[n as u8; 77]], Signal::No).unwrap();
+        }
+        tx.transmit(a.as_fd()).unwrap();
+        drop(a);
+        let mut bytes = Vec::new();
+        b.read_to_end(&mut bytes).unwrap();
+        bytes
+    }
+
+    /// How many messages come out, until the end or an error.
+    fn messages(crc: bool, registry: &Registry, bytes: &[u8], chunk: usize) -> (usize, Option<Step>) {
+        let (mut a, b) = UnixStream::pair().unwrap();
+        let mut b = Some(b);
+        let mut chunks = bytes.chunks(chunk);
+        let (mut rx, mut count) = (Rx::new(crc), 0);
+        loop {
+            match rx.next(registry, DOMAIN) {
+                Step::NeedBytes => {}
+                Step::Placed => continue,
+                Step::Message(_) | Step::Assembled => {
+                    count += 1;
+                    continue;
+                }
+                other => return (count, Some(other)),
+            }
+            match (chunks.next(), &mut b) {
+                (Some(chunk), Some(b)) => b.write_all(chunk).unwrap(),
+                _ => b = None,
+            }
+            match rx.fill(&mut a, registry, DOMAIN) {
+                Ok(Ok((0, _))) => return (count, None),
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => panic!("{error}"),
+                Err(fault) => return (count, Some(rx.fault(fault))),
+            }
+        }
+    }
+
+    fn registry() -> (Registry, MemoryKey) {
+        let mut registry = Registry::default();
+        let key = registry.register(DOMAIN, Region::private(10_000), Access::RemoteWrite).unwrap();
+        (registry, key)
+    }
+
+    #[test]
+    fn it_does_not_matter_where_the_stream_is_cut() {
+        let (registry, key) = registry();
+        for crc in [false, true] {
+            let bytes = stream(crc, key);
+            for chunk in [1, 2, 3, 7, 64, 1000, 2049, 100_000] {
+                assert_eq!(
+                    messages(crc, &registry, &bytes, chunk),
+                    (4, None),
+                    "crc {crc}, chunks of {chunk}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn no_flipped_bit_panics_and_crc_finds_each() {
+        let (registry, key) = registry();
+        for crc in [false, true] {
+            let good = stream(crc, key);
+            for at in (0..200).chain((200..good.len()).step_by(61)) {
+                let mut bad = good.clone();
+                bad[at] ^= 1 << (at % 8);
+                let (count, end) = messages(crc, &registry, &bad, 5000);
+                // A longer length may also wait for bytes that do not come.
+                assert!(!crc || end.is_some() || count < 4, "bit at {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn messages_may_come_in_segments() {
+        let (registry, _) = registry();
+        let segment = |last, msn, offset, body: &[u8]| {
+            let mut out = vec![0, (ddp::UNTAGGED_LEN + body.len()) as u8];
+            let ulp = Opcode::Send.control();
+            Header::Untagged { last, ulp, queue: 0, msn, offset }.emit(&mut out);
+            out.extend(body);
+            mpa::close(&mut out, 0, false);
+            out
+        };
+        let good =
+            [segment(false, 1, 0, b"abc"), segment(true, 1, 3, b"def"), segment(true, 2, 0, b"g")].concat();
+        assert_eq!(messages(false, &registry, &good, 9), (2, None));
+        let reason = |bytes: &[u8]| match messages(false, &registry, bytes, 9).1 {
+            Some(Step::Fault(fault, ..)) => fault,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(reason(&segment(true, 2, 0, b"x")), rdmap::BAD_MSN);
+        assert_eq!(reason(&segment(true, 1, 1, b"x")), rdmap::BAD_OFFSET);
+        let mut other = segment(true, 1, 0, b"x");
+        other[11] = 1;
+        assert_eq!(reason(&other), rdmap::BAD_QUEUE);
+        other[3] = Opcode::Write.control();
+        assert_eq!(reason(&other), rdmap::BAD_OPCODE);
+        assert_eq!(
+            messages(false, &registry, &[0, 3, 0, 0], 9).1,
+            Some(Step::Malformed("a ULPDU shorter than its header"))
+        );
+    }
+}

@@ -1,0 +1,114 @@
+//! What the kernel says about an anchor: its state and its byte counters.
+
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::io;
+use std::net::SocketAddr;
+use vsocket_channel::message::Tuple;
+
+/// The anchor's counters, taken while they did not move.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Counters {
+    /// Bytes this end has put into the anchor since the connection began.
+    pub tx: u64,
+    /// Bytes this end has taken from it.
+    pub rx: u64,
+    /// Whether it is established (`TCP_INFO`'s state 1).
+    pub established: bool,
+}
+
+const TCP_ESTABLISHED: u8 = 1;
+
+fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<libc::tcp_info> {
+    // SAFETY: zero is a valid tcp_info; the kernel writes at most `len` bytes of it.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: the pointers name `info` and `len`, which outlive the call.
+    let got = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            std::ptr::from_mut(&mut info).cast(),
+            &raw mut len,
+        )
+    };
+    if got == 0 { Ok(info) } else { Err(io::Error::last_os_error()) }
+}
+
+/// SIOCOUTQ: bytes that the peer has not acknowledged.
+fn unsent(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    // SAFETY: TIOCOUTQ (SIOCOUTQ for sockets) stores an int, as the getter's type says.
+    let n: libc::c_int =
+        unsafe { rustix::ioctl::ioctl(fd, rustix::ioctl::Getter::<{ libc::TIOCOUTQ as _ }, _>::new()) }?;
+    Ok(n.max(0) as u64)
+}
+
+/// Bytes that can be read from the anchor now (FIONREAD).
+pub fn unread(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    Ok(rustix::io::ioctl_fionread(fd)?)
+}
+
+/// The counters, if they stand still for the moment that reading them takes; `None` if they kept moving.
+///
+/// `tcpi_bytes_acked` counts the connector's SYN; what lies in the send queue is not acknowledged yet. Two readings of
+/// `TCP_INFO` must agree, as the queues are read between them.
+pub fn counters(fd: impl AsFd, connector: bool) -> io::Result<Option<Counters>> {
+    let fd = fd.as_fd();
+    let mut before = tcp_info(fd)?;
+    for _ in 0..64 {
+        let (out, inq) = (unsent(fd)?, unread(fd)?);
+        let after = tcp_info(fd)?;
+        let key = |i: &libc::tcp_info| (i.tcpi_bytes_acked, i.tcpi_bytes_received, i.tcpi_state);
+        if key(&before) == key(&after) {
+            let tx = (after.tcpi_bytes_acked + out).saturating_sub(u64::from(connector));
+            let rx = after.tcpi_bytes_received.saturating_sub(inq);
+            return Ok(Some(Counters { tx, rx, established: after.tcpi_state == TCP_ESTABLISHED }));
+        }
+        before = after;
+    }
+    Ok(None)
+}
+
+/// The socket's addresses, if it is a TCP socket over IPv4 or IPv6 with a peer.
+pub fn tuple(fd: impl AsFd) -> io::Result<Tuple> {
+    let fd = fd.as_fd();
+    let plain = |a: rustix::net::SocketAddrAny| {
+        SocketAddr::try_from(a).map_err(|_| io::Error::from(rustix::io::Errno::AFNOSUPPORT))
+    };
+    if rustix::net::sockopt::socket_type(fd)? != rustix::net::SocketType::STREAM {
+        return Err(rustix::io::Errno::PROTOTYPE.into());
+    }
+    let local = plain(rustix::net::getsockname(fd)?)?;
+    let remote = rustix::net::getpeername(fd)?;
+    Ok(Tuple::new(local, plain(remote.ok_or(rustix::io::Errno::NOTCONN)?)?))
+}
+
+/// Aborts the connection: a reset goes out at once, whoever else holds a duplicate (`connect` to `AF_UNSPEC`).
+pub fn abort(fd: impl AsFd) {
+    let _ = rustix::net::connect_unspec(fd);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    #[test]
+    fn the_counters_agree_with_what_was_moved() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut a = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut b, _) = listener.accept().unwrap();
+        a.write_all(&[1; 1000]).unwrap();
+        b.write_all(&[1; 50]).unwrap();
+        b.read_exact(&mut [0; 300]).unwrap();
+        a.read_exact(&mut [0; 50]).unwrap();
+        let (ca, cb) = (counters(&a, true).unwrap().unwrap(), counters(&b, false).unwrap().unwrap());
+        assert_eq!((ca.tx, ca.rx, cb.tx, cb.rx), (1000, 50, 50, 300));
+        assert!(ca.established && cb.established);
+        assert_eq!(tuple(&a).unwrap(), tuple(&b).unwrap().mirrored());
+        abort(&a);
+        assert_eq!(b.read(&mut [0; 2000]).unwrap(), 700, "what had arrived stays readable");
+        assert_eq!(b.read(&mut [0; 9]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
+}

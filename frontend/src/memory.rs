@@ -1,0 +1,200 @@
+//! Mappings: slabs that the host made, and records that the agent made. The only place of the frontend that maps.
+
+use crate::record::{RECORDS, RECORDS_HEADER_LEN, Record, RecordsHeader};
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::mm::{MapFlags, ProtFlags};
+use std::io;
+use vsocket_channel::Side;
+use vsocket_channel::layout::{Bell, Geometry, LAYOUT_VERSION, SLAB_MAGIC, SegmentHeader, SlabHeader};
+use vsocket_channel::ring::{Bytes, Ring};
+use vsocket_channel::sync::Ordering;
+
+/// A shared mapping.
+#[derive(Debug)]
+struct Mapping {
+    base: *mut u8,
+    len: usize,
+}
+
+// SAFETY: a mapping is plain memory; what is in it is reached through atomics, locks and copies.
+unsafe impl Send for Mapping {}
+// SAFETY: as for Send.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(fd: impl AsFd, len: usize) -> io::Result<Self> {
+        let have = rustix::fs::fstat(&fd)?.st_size;
+        if usize::try_from(have).ok() != Some(len) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{have} bytes, want {len}")));
+        }
+        // SAFETY: a new shared mapping at an address of the kernel's choice touches no existing memory; the file has
+        // at least `len` bytes, and its maker sealed it against shrinking.
+        let base = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                fd,
+                0,
+            )
+        }?;
+        Ok(Self { base: base.cast(), len })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `new` and nobody holds a reference into it: they all borrow its owner.
+        let _ = unsafe { rustix::mm::munmap(self.base.cast(), self.len) };
+    }
+}
+
+/// A mapped slab.
+#[derive(Debug)]
+pub struct Slab {
+    mapping: Mapping,
+    geometry: Geometry,
+    /// Its number, unique under its host's `boot`.
+    pub id: u64,
+}
+
+impl Slab {
+    /// Maps a slab and checks its header.
+    pub fn map(fd: impl AsFd, id: u64, geometry: Geometry) -> io::Result<Self> {
+        let slab = Self { mapping: Mapping::new(fd, geometry.slab_len())?, geometry, id };
+        let header = slab.header();
+        let found = (header.magic.load(Ordering::Relaxed), header.version.load(Ordering::Relaxed));
+        if found != (SLAB_MAGIC, LAYOUT_VERSION) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "not a slab of this version"));
+        }
+        Ok(slab)
+    }
+
+    fn header(&self) -> &SlabHeader {
+        // SAFETY: the mapping is page-aligned and longer than the header; the type is `Shared`.
+        unsafe { &*self.mapping.base.cast() }
+    }
+
+    /// The doorbells of a side.
+    pub fn bells(&self, side: Side) -> &[Bell] {
+        &self.header().bells[side.index()]
+    }
+
+    /// The header of a segment. `index` was checked against the geometry when the message was decoded; one that is
+    /// out of range names the first.
+    pub fn segment(&self, index: u32) -> &SegmentHeader {
+        let at = self.geometry.segment_offset(index).unwrap_or(vsocket_channel::layout::SLAB_HEADER_LEN);
+        // SAFETY: the geometry keeps the segment inside the mapping, page-aligned; the type is `Shared`.
+        unsafe { &*self.mapping.base.add(at).cast() }
+    }
+
+    fn bytes(&self, index: u32, from: Side) -> Option<Bytes> {
+        let at = self.geometry.ring_offset(index, from)?;
+        // SAFETY: the ring lies inside the mapping; its length is a power of two by `Geometry::new`. The value is kept
+        // only in a `Bound`, which holds the slab.
+        Some(unsafe { Bytes::new(self.mapping.base.add(at), self.geometry.ring_len()) })
+    }
+}
+
+/// A segment bound to one endpoint for one generation.
+#[derive(Debug)]
+pub struct Bound {
+    /// The generation it was prepared for.
+    pub generation: u32,
+    /// `Direct` or `Fabric`.
+    pub lane: vsocket_channel::message::Lane,
+    /// Our side.
+    pub side: Side,
+    /// Which segment of the slab.
+    pub index: u32,
+    /// The slab.
+    pub slab: std::sync::Arc<Slab>,
+    /// The far side's doorbells.
+    pub far: std::sync::Arc<Vec<OwnedFd>>,
+    tx: Bytes,
+    rx: Bytes,
+}
+
+impl Bound {
+    /// Binds a segment of a mapped slab.
+    pub fn new(
+        generation: u32,
+        segment: &vsocket_channel::message::Segment,
+        slab: std::sync::Arc<Slab>,
+        far: std::sync::Arc<Vec<OwnedFd>>,
+    ) -> Option<Self> {
+        let (side, index) = (segment.side, segment.index);
+        let (tx, rx) = (slab.bytes(index, side)?, slab.bytes(index, side.other())?);
+        Some(Self { generation, lane: segment.lane, side, index, slab, far, tx, rx })
+    }
+
+    /// The segment's shared words.
+    pub fn header(&self) -> &SegmentHeader {
+        self.slab.segment(self.index)
+    }
+
+    /// The ring that this end fills.
+    pub fn tx(&self) -> Ring<'_> {
+        Ring { indices: &self.header().directions[self.side.index()], bytes: &self.tx }
+    }
+
+    /// The ring that this end empties.
+    pub fn rx(&self) -> Ring<'_> {
+        Ring { indices: &self.header().directions[self.side.other().index()], bytes: &self.rx }
+    }
+
+    /// Rings the far side's waiters of this connection that have announced their sleep. To be called after something
+    /// was published.
+    pub fn ring_far(&self) {
+        vsocket_channel::bell::publish_fence();
+        let far = self.side.other();
+        let mask = self.header().waiters[far.index()].mask.load(Ordering::Relaxed);
+        if mask == 0 {
+            return;
+        }
+        for (n, bell) in self.slab.bells(far).iter().enumerate() {
+            if mask & (1 << n) != 0 && bell.take() {
+                if let Some(eventfd) = self.far.get(n) {
+                    let _ = rustix::io::write(eventfd, &1u64.to_ne_bytes());
+                }
+            }
+        }
+    }
+}
+
+/// A program's records, mapped.
+#[derive(Debug)]
+pub struct Records(Mapping);
+
+impl Records {
+    /// Makes the memory for a program's records.
+    pub fn create() -> io::Result<(OwnedFd, Self)> {
+        use rustix::fs::{MemfdFlags, SealFlags};
+        let fd =
+            rustix::fs::memfd_create("vsocket-records", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        rustix::fs::ftruncate(&fd, Record::memory_len() as u64)?;
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        let records = Self::map(&fd)?;
+        Ok((fd, records))
+    }
+
+    /// Maps a program's records.
+    pub fn map(fd: impl AsFd) -> io::Result<Self> {
+        Ok(Self(Mapping::new(fd, Record::memory_len())?))
+    }
+
+    /// The header.
+    pub fn header(&self) -> &RecordsHeader {
+        // SAFETY: page-aligned, inside the mapping, atomics only.
+        unsafe { &*self.0.base.cast() }
+    }
+
+    /// Record `index`, if there is such a one.
+    pub fn record(&self, index: u32) -> Option<&Record> {
+        // SAFETY: the index is in range, so the record lies inside the mapping, aligned; it holds atomics and locks that
+        // the agent initialises before it names the record to anybody.
+        (index < RECORDS)
+            .then(|| unsafe { &*self.0.base.add(RECORDS_HEADER_LEN).cast::<Record>().add(index as usize) })
+    }
+}

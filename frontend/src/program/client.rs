@@ -1,0 +1,443 @@
+//! The process's conversation with the agent: attach, open, prepare, close. Nothing waits for an answer; what arrives is
+//! noticed by a counter in shared memory on busy paths, and by the control socket in every set that sleeps.
+
+use super::conn::{Conn, ConnRef, Shared};
+use super::epoll;
+use super::table::{self, Slot};
+use super::wait;
+use crate::carrier::{Carrier, Packet};
+use crate::kernel;
+use crate::memory::{Bound, Records, Slab};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use vsocket_channel::layout::BELLS;
+use vsocket_channel::message::{Message, Segment};
+use vsocket_channel::reason::Reason;
+
+/// Environment variable that names the agent's socket.
+pub const AGENT_VARIABLE: &str = "VSOCKET_AGENT";
+/// The socket where none is named.
+pub const AGENT_DEFAULT: &str = "/run/vsocket/agent.sock";
+/// How long after a failed attach the next is tried.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// A slab that this process maps.
+pub struct SlabEntry {
+    /// The mapping.
+    pub slab: Arc<Slab>,
+    /// This side's doorbells.
+    pub own: Vec<OwnedFd>,
+    far: Arc<Vec<OwnedFd>>,
+}
+
+struct Client {
+    carrier: Option<Carrier>,
+    shared: Option<Arc<Shared>>,
+    program: u64,
+    slabs: HashMap<u64, Arc<SlabEntry>>,
+    /// Connections by record.
+    conns: HashMap<u32, ConnRef>,
+    /// Opened descriptors and their epochs, by handle.
+    opening: HashMap<u64, (i32, u32)>,
+    next_handle: u64,
+    retry_at: Option<Instant>,
+    pid: u32,
+}
+
+static CLIENT: Mutex<Option<Client>> = Mutex::new(None);
+/// The mail counter in shared memory, and what was seen of it.
+static MAIL: AtomicPtr<AtomicU32> = AtomicPtr::new(std::ptr::null_mut());
+static SEEN: AtomicU32 = AtomicU32::new(0);
+/// The control socket, for waiting sets; -1 is none.
+static CONTROL: AtomicI32 = AtomicI32::new(-1);
+static THRESHOLD_BYTES: AtomicU64 = AtomicU64::new(16 * 1024);
+static THRESHOLD_ROUNDS: AtomicU32 = AtomicU32::new(16);
+
+/// The control socket, if there is one.
+pub fn control() -> Option<BorrowedFd<'static>> {
+    let fd = CONTROL.load(Ordering::Acquire);
+    // SAFETY: the socket stays open while its number stands here; it is closed only after it was taken away, and then
+    // a late user finds a closed or another descriptor, which it only polls.
+    (fd >= 0).then(|| unsafe { BorrowedFd::borrow_raw(fd) })
+}
+
+/// Whether a descriptor that was counted has proved worth opening.
+pub fn worth_it(slot: &Slot) -> bool {
+    let (tx, rx) = slot.moved();
+    tx + rx >= THRESHOLD_BYTES.load(Ordering::Relaxed)
+        || slot.turns() >= THRESHOLD_ROUNDS.load(Ordering::Relaxed)
+}
+
+/// Looks after what the agent has said, if the counter in shared memory shows that it has said something.
+pub fn check_mail() {
+    if mail_waits() {
+        read_mail();
+    }
+}
+
+/// Whether the agent has said something that nobody has read.
+pub fn mail_waits() -> bool {
+    let mail = MAIL.load(Ordering::Acquire);
+    // SAFETY: null, or the counter in records that are never unmapped once attached.
+    unsafe { mail.as_ref() }.is_some_and(|c| c.load(Ordering::Relaxed) != SEEN.load(Ordering::Relaxed))
+}
+
+/// Reads everything the agent has said.
+pub fn read_mail() {
+    let Ok(mut guard) = CLIENT.try_lock() else { return };
+    if let Some(client) = guard.as_mut() {
+        client.read();
+    }
+}
+
+/// A followed descriptor has proved worth it, or waits for its answer: goes on with opening it.
+pub fn open(fd: i32, slot: &'static Slot) {
+    let Ok(mut guard) = CLIENT.try_lock() else { return };
+    let client = guard.get_or_insert_with(|| {
+        super::fork::install();
+        Client::new()
+    });
+    if client.pid != std::process::id() {
+        return;
+    }
+    client.read();
+    if slot.phase.load(Ordering::Relaxed) > table::WANTED || slot.inside() > 0 {
+        return;
+    }
+    if client.attach() {
+        client.track(fd, slot);
+    } else if client.carrier.is_none() {
+        // No agent: plain calls, until the next time it is tried.
+        slot.phase.store(table::COUNTED, Ordering::Release);
+    }
+}
+
+/// The program has closed its last descriptor of the connection.
+pub fn closed(conn: &Conn) {
+    let Ok(mut guard) = CLIENT.lock() else { return };
+    let Some(client) = guard.as_mut() else { return };
+    let index = conn.index.load(Ordering::Relaxed);
+    let ours = client.conns.get(&index).is_some_and(|c| std::ptr::eq(&raw const **c, conn));
+    if ours {
+        client.conns.remove(&index);
+        client.tell(&Message::Closed { record: index }, &[]);
+    }
+}
+
+/// Whether the agent that the connection was opened with is still there: then what is left at the end is its to do.
+pub fn attended(conn: &Conn) -> bool {
+    let Ok(guard) = CLIENT.lock() else { return false };
+    let current = guard.as_ref().filter(|c| c.carrier.is_some()).and_then(|c| c.shared.as_ref());
+    current.is_some_and(|s| std::ptr::eq(Arc::as_ptr(s), conn.shared()))
+}
+
+/// The connection was shut for writing, and the agent must finish it.
+pub fn shut(conn: &Conn) {
+    let index = conn.index.load(Ordering::Relaxed);
+    if let Ok(mut guard) = CLIENT.lock() {
+        if let Some(client) = guard.as_mut() {
+            client.tell(&Message::Shut { record: index }, &[]);
+        }
+    }
+}
+
+/// Tells the agent once when neither direction uses its generation any more.
+pub fn tell_left(conn: &Conn) {
+    let Some(bound) = conn.bound() else { return };
+    let generation = bound.generation;
+    if conn.left.load(Ordering::Relaxed) == generation || !conn.endpoint().has_left() {
+        return;
+    }
+    let Ok(mut guard) = CLIENT.try_lock() else { return };
+    if let Some(client) = guard.as_mut() {
+        if conn.left.swap(generation, Ordering::AcqRel) != generation {
+            let record = u64::from(conn.index.load(Ordering::Relaxed));
+            client.tell(&Message::Left { conn: record, generation }, &[]);
+        }
+    }
+}
+
+/// Before a fork: a control connection for the child, which shares the parent's connections.
+pub fn before_fork() -> Option<Carrier> {
+    let guard = CLIENT.lock().ok()?;
+    let client = guard.as_ref()?;
+    if client.conns.is_empty() || client.carrier.is_none() {
+        return None;
+    }
+    let carrier = Carrier::connect(&agent_path()).ok()?;
+    carrier.send(&Message::Attach { pid: std::process::id(), inherit: client.program }, &[]).ok()?;
+    Some(carrier)
+}
+
+/// In the child: goes on with its own control connection.
+pub fn after_fork(carrier: Option<Carrier>) {
+    let Ok(mut guard) = CLIENT.try_lock() else { return };
+    let Some(client) = guard.as_mut() else { return };
+    client.pid = std::process::id();
+    client.opening.clear();
+    if carrier.is_none() && client.conns.is_empty() {
+        // Nothing is shared: the child attaches anew when it has something to open.
+        client.forget_agent();
+        return;
+    }
+    CONTROL.store(carrier.as_ref().map_or(-1, raw), Ordering::Release);
+    client.carrier = carrier;
+}
+
+fn raw(fd: impl AsFd) -> i32 {
+    rustix::fd::AsRawFd::as_raw_fd(&fd.as_fd())
+}
+
+fn agent_path() -> PathBuf {
+    std::env::var_os(AGENT_VARIABLE).map_or_else(|| PathBuf::from(AGENT_DEFAULT), PathBuf::from)
+}
+
+/// Moves one of our own descriptors out of the low numbers, which are the application's.
+fn lift(fd: OwnedFd) -> OwnedFd {
+    rustix::io::fcntl_dupfd_cloexec(&fd, 900).unwrap_or(fd)
+}
+
+impl Client {
+    fn new() -> Self {
+        Self {
+            carrier: None,
+            shared: None,
+            program: 0,
+            slabs: HashMap::new(),
+            conns: HashMap::new(),
+            opening: HashMap::new(),
+            next_handle: 1,
+            retry_at: None,
+            pid: std::process::id(),
+        }
+    }
+
+    /// Whether the agent has answered our attach; begins one if not.
+    fn attach(&mut self) -> bool {
+        if self.carrier.is_some() {
+            return self.shared.is_some();
+        }
+        if self.retry_at.is_some_and(|at| Instant::now() < at) {
+            return false;
+        }
+        self.retry_at = Some(Instant::now() + RETRY);
+        let Ok(carrier) = Carrier::connect(&agent_path()).map(Carrier::lifted) else { return false };
+        if carrier.send(&Message::Attach { pid: std::process::id(), inherit: 0 }, &[]).is_err() {
+            return false;
+        }
+        CONTROL.store(raw(&carrier), Ordering::Release);
+        self.carrier = Some(carrier);
+        false
+    }
+
+    fn track(&mut self, fd: i32, slot: &'static Slot) {
+        // SAFETY: the application's descriptor, in a call on it.
+        let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
+        if kernel::tuple(anchor).is_err() {
+            slot.phase.store(table::NONE, Ordering::Relaxed);
+            return;
+        }
+        let handle = self.next_handle;
+        let (tx, rx) = slot.moved();
+        let message = Message::Track { handle, tx, rx, connector: slot.connector() };
+        if self.tell(&message, &[anchor]) {
+            self.next_handle += 1;
+            self.opening.insert(handle, (fd, slot.epoch.load(Ordering::Relaxed)));
+            slot.phase.store(table::OPENING, Ordering::Release);
+            epoll::watch_control(fd);
+        }
+    }
+
+    fn tell(&mut self, message: &Message, fds: &[BorrowedFd<'_>]) -> bool {
+        self.carrier.as_ref().is_some_and(|c| c.send(message, fds).is_ok())
+    }
+
+    fn read(&mut self) {
+        let mail = MAIL.load(Ordering::Acquire);
+        // SAFETY: null, or the counter in records that are never unmapped once attached.
+        if let Some(counter) = unsafe { mail.as_ref() } {
+            // Before reading: a message that arrives meanwhile leaves the two different.
+            SEEN.store(counter.load(Ordering::Acquire), Ordering::Relaxed);
+        }
+        let mut changed = false;
+        while let Some(carrier) = &self.carrier {
+            match carrier.recv() {
+                Ok(Some(packet)) => self.handle(packet),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
+                Ok(None) | Err(_) => self.lost_agent(),
+            }
+            changed = true;
+        }
+        if changed {
+            // Who sleeps knows neither the new segments nor their doorbells.
+            wait::kick();
+        }
+    }
+
+    fn handle(&mut self, packet: Packet) {
+        let Packet { message, fds } = packet;
+        match message {
+            Ok(Message::Attached { program, threshold_bytes, threshold_rounds, .. }) => {
+                THRESHOLD_BYTES.store(threshold_bytes, Ordering::Relaxed);
+                THRESHOLD_ROUNDS.store(threshold_rounds, Ordering::Relaxed);
+                self.attached(program, fds);
+            }
+            Ok(Message::Tracked { handle, record }) => self.tracked(handle, record),
+            Ok(Message::Declined { conn: handle, reason }) => self.declined(handle, reason),
+            Ok(Message::Prepare { conn, generation, segment }) => {
+                self.prepare(conn, generation, &segment, fds)
+            }
+            // The change itself stands in the record; who sleeps was woken by the message's arrival.
+            Ok(Message::Nudge { record }) => {
+                if let Some(conn) = self.conns.get(&record) {
+                    conn.kernel_in.store(1, Ordering::Release);
+                    conn.kernel_out.store(1, Ordering::Release);
+                }
+            }
+            _ => self.lost_agent(),
+        }
+    }
+
+    fn attached(&mut self, program: u64, fds: Vec<OwnedFd>) {
+        if self.shared.is_some() {
+            // A child that shares its parent's records.
+            self.program = program;
+            return;
+        }
+        let mut fds = fds.into_iter();
+        let (Some(memory), Some(watchdog)) = (fds.next(), fds.next()) else { return self.lost_agent() };
+        let Ok(records) = Records::map(&memory) else { return self.lost_agent() };
+        let shared = Arc::new(Shared { records, watchdog: lift(watchdog) });
+        SEEN.store(0, Ordering::Relaxed);
+        let mail = std::ptr::from_ref(&shared.records.header().mail).cast_mut();
+        // The counter is looked at without a lock, so these records stay mapped for good.
+        std::mem::forget(shared.clone());
+        MAIL.store(mail, Ordering::Release);
+        self.shared = Some(shared);
+        self.program = program;
+    }
+
+    fn tracked(&mut self, handle: u64, record: u32) {
+        let Some((fd, epoch)) = self.opening.remove(&handle) else { return };
+        let slot = table::slot(fd).filter(|s| {
+            s.epoch.load(Ordering::Relaxed) == epoch && s.phase.load(Ordering::Relaxed) == table::OPENING
+        });
+        let (Some(slot), Some(shared)) = (slot, self.shared.clone()) else {
+            self.tell(&Message::Closed { record }, &[]);
+            return;
+        };
+        let made = slot.adopt(|| {
+            let conn = Conn::make(fd, record, &shared)?;
+            let (tx, rx) = slot.moved();
+            conn.record().init(tx, rx, slot.connector());
+            slot.hold(conn.clone());
+            Some(conn)
+        });
+        match made {
+            Some(Some(conn)) => {
+                epoll::hold(fd, &conn);
+                self.conns.insert(record, conn);
+            }
+            _ => {
+                // A call was inside the kernel: another time.
+                self.tell(&Message::Closed { record }, &[]);
+                slot.phase.store(table::WANTED, Ordering::Release);
+            }
+        }
+    }
+
+    fn declined(&mut self, handle: u64, reason: Reason) {
+        let Some((fd, epoch)) = self.opening.remove(&handle) else { return };
+        let Some(slot) = table::slot(fd).filter(|s| s.epoch.load(Ordering::Relaxed) == epoch) else { return };
+        let next = if reason == Reason::Busy { table::WANTED } else { table::NONE };
+        slot.phase.store(next, Ordering::Release);
+    }
+
+    fn prepare(&mut self, conn: u64, generation: u32, segment: &Segment, fds: Vec<OwnedFd>) {
+        let record = u32::try_from(conn).unwrap_or(u32::MAX);
+        let refuse = |client: &mut Self, reason| {
+            client.tell(&Message::Refused { conn, generation, reason }, &[]);
+        };
+        let Some(held) = self.conns.get(&record).cloned() else { return refuse(self, Reason::Busy) };
+        let Some(entry) = self.slab(segment, fds) else { return refuse(self, Reason::NoMemory) };
+        // The segment before must be over, else what is left in it would be lost.
+        if !held.endpoint().has_left() {
+            return refuse(self, Reason::Busy);
+        }
+        let Some(bound) = Bound::new(generation, segment, entry.slab.clone(), entry.far.clone()) else {
+            return refuse(self, Reason::NoMemory);
+        };
+        // Until it is prepared there is nothing to leave.
+        held.left.store(generation, Ordering::Release);
+        held.bind(bound, entry);
+        match held.endpoint().prepare(generation) {
+            Ok(()) => {
+                held.left.store(0, Ordering::Release);
+                epoll::bound(&held);
+                let anchor = held.anchor();
+                self.tell(&Message::Prepared { conn, generation }, &[anchor]);
+            }
+            Err(reason) => refuse(self, reason),
+        }
+    }
+
+    fn slab(&mut self, segment: &Segment, fds: Vec<OwnedFd>) -> Option<Arc<SlabEntry>> {
+        let mut fds = fds.into_iter();
+        let memory = fds.next()?;
+        let bells: Vec<OwnedFd> = fds.collect();
+        if bells.len() != 2 * BELLS {
+            return None;
+        }
+        // A slab's number is unique only within one life of its host; the file itself tells whether it is the same.
+        let id = rustix::fs::fstat(&memory).ok()?.st_ino ^ (segment.slab << 40);
+        if let Some(entry) = self.slabs.get(&id) {
+            return Some(entry.clone());
+        }
+        let in_use = |e: &Arc<SlabEntry>| Arc::strong_count(e) > 1;
+        if self.slabs.len() >= 64 {
+            self.slabs.retain(|_, e| in_use(e));
+        }
+        let slab = Arc::new(Slab::map(&memory, segment.slab, segment.geometry).ok()?);
+        let mut bells = bells.into_iter().map(lift);
+        let own = bells.by_ref().take(BELLS).collect();
+        let entry = Arc::new(SlabEntry { slab, own, far: Arc::new(bells.collect()) });
+        self.slabs.insert(id, entry.clone());
+        Some(entry)
+    }
+
+    fn forget_agent(&mut self) {
+        CONTROL.store(-1, Ordering::Release);
+        self.carrier = None;
+        self.shared = None;
+        self.conns.clear();
+        self.opening.clear();
+        MAIL.store(std::ptr::null_mut(), Ordering::Release);
+    }
+
+    /// The agent has gone: what is on a lane that needs it goes back to the anchor, the rest goes on as it is.
+    fn lost_agent(&mut self) {
+        for (_, conn) in self.conns.drain() {
+            let endpoint = conn.endpoint();
+            let fabric = endpoint.bound.is_some_and(|b| b.lane == vsocket_channel::message::Lane::Fabric);
+            if let Some(bound) = endpoint.bound {
+                endpoint.close_unopened(bound.generation);
+                if fabric {
+                    let _ = endpoint.leave(bound.generation);
+                }
+            }
+            conn.record().ready.store(0, Ordering::Release);
+            conn.kernel_in.store(1, Ordering::Release);
+        }
+        for (fd, epoch) in self.opening.values() {
+            if let Some(slot) = table::slot(*fd).filter(|s| s.epoch.load(Ordering::Relaxed) == *epoch) {
+                slot.phase.store(table::WANTED, Ordering::Release);
+            }
+        }
+        self.forget_agent();
+        self.retry_at = Some(Instant::now() + RETRY);
+    }
+}

@@ -1,0 +1,576 @@
+//! Epoll sets over both kinds of descriptor.
+//!
+//! The set stays a kernel epoll set. A descriptor that is not ours, or not yet, is registered as the application asked.
+//! One with a connection object is registered once, edge-triggered, under a token of ours, and stays so whatever lane
+//! it is on; what the application asked for is kept here, and its readiness is worked out from rings and edges. The
+//! slabs' doorbells and the control socket are in the kernel's set as well, so that one `epoll_wait` wakes for all.
+
+use super::Outcome;
+use super::client::{self, SlabEntry};
+use super::conn::ConnRef;
+use super::poll;
+use super::table;
+use super::wait::{self, Spin};
+use crate::record::status;
+use rustix::event::{PollFlags, Timespec, epoll};
+use rustix::fd::{AsRawFd, BorrowedFd};
+use rustix::io::Errno;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+/// Kernel readiness is looked at in a busy set at least this often.
+const KERNEL_TURN: Duration = Duration::from_micros(50);
+/// Upper half of our tokens; the lower half is a descriptor number, or `NO_FD`.
+const TOKEN: u64 = 0xd35a_9e1c_0000_0000;
+const TOKEN_MASK: u64 = 0xffff_ffff_0000_0000;
+const NO_FD: u64 = 0xffff_ffff;
+
+/// The real wait on a set.
+type Real<'a> = &'a mut dyn FnMut(&mut [libc::epoll_event], Option<Timespec>) -> Result<usize, Errno>;
+
+/// What the application asked for.
+#[derive(Clone, Copy)]
+struct Interest {
+    events: u32,
+    data: u64,
+}
+
+/// A connection in a set.
+struct Hot {
+    fd: i32,
+    conn: ConnRef,
+    /// `None` after the application took it out: the kernel's registration stays.
+    interest: Option<Interest>,
+    /// `EPOLLONESHOT` has fired.
+    spent: bool,
+    /// What an edge-triggered watcher was told last: ring head, ring space, kernel edges.
+    told: (u64, bool),
+}
+
+#[derive(Default)]
+struct Inner {
+    /// Followed descriptors that are registered as the application asked.
+    plain: HashMap<i32, Interest>,
+    hot: Vec<Hot>,
+    index: HashMap<i32, usize>,
+    slabs: Vec<Arc<SlabEntry>>,
+    next: usize,
+}
+
+/// One epoll set.
+pub struct EpollSet {
+    fd: i32,
+    bell: usize,
+    /// Something of ours is in the kernel's set, so its events must be looked through.
+    ours: AtomicBool,
+    spin: AtomicU32,
+    kernel_turn: AtomicU64,
+    inner: Mutex<Inner>,
+}
+
+/// All sets, for what concerns a descriptor in each of them.
+static SETS: Mutex<Vec<&'static EpollSet>> = Mutex::new(Vec::new());
+
+fn set_of(fd: i32) -> Option<&'static EpollSet> {
+    // SAFETY: sets are leaked, so a pointer in the table is valid for good.
+    unsafe { table::slot(fd)?.epoll.load(Ordering::Acquire).as_ref() }
+}
+
+/// `epoll_create` made a set.
+pub fn created(fd: i32) {
+    let Some(slot) = table::slot(fd) else { return };
+    closed_set(fd);
+    let set: &'static EpollSet = Box::leak(Box::new(EpollSet {
+        fd,
+        bell: wait::assign_bell(),
+        ours: AtomicBool::new(false),
+        spin: AtomicU32::new(wait::SPIN_MAX),
+        kernel_turn: AtomicU64::new(0),
+        inner: Mutex::default(),
+    }));
+    if let Ok(mut sets) = SETS.lock() {
+        sets.push(set);
+    }
+    slot.epoll.store(std::ptr::from_ref(set).cast_mut(), Ordering::Release);
+}
+
+/// A set's descriptor is closed.
+pub fn closed_set(fd: i32) {
+    let Some(set) = set_of(fd) else { return };
+    if let Some(slot) = table::slot(fd) {
+        slot.epoll.store(std::ptr::null_mut(), Ordering::Release);
+    }
+    if let Ok(mut sets) = SETS.lock() {
+        sets.retain(|s| !std::ptr::eq(*s, set));
+    }
+    if let Ok(mut inner) = set.inner.lock() {
+        *inner = Inner::default();
+    }
+    wait::return_bell(set.bell);
+}
+
+fn each_set(mut f: impl FnMut(&'static EpollSet, MutexGuard<'_, Inner>)) {
+    let Ok(sets) = SETS.lock() else { return };
+    for set in sets.iter() {
+        if let Ok(inner) = set.inner.lock() {
+            f(set, inner);
+        }
+    }
+}
+
+/// A descriptor was opened with the agent: sets that hold it must wake when the agent answers.
+pub fn watch_control(fd: i32) {
+    each_set(|set, inner| {
+        if inner.plain.contains_key(&fd) {
+            set.watch_control();
+        }
+    });
+}
+
+/// A descriptor has got a connection object: its registrations become ours.
+pub fn hold(fd: i32, conn: &ConnRef) {
+    each_set(|set, mut inner| {
+        if let Some(interest) = inner.plain.remove(&fd) {
+            set.watch_control();
+            let _ = set.register(&mut inner, fd, conn, interest, true);
+        }
+    });
+}
+
+/// A connection was bound to a segment: sets that hold it must hear its doorbells.
+pub fn bound(conn: &ConnRef) {
+    each_set(|set, mut inner| {
+        if inner.hot.iter().any(|h| std::ptr::eq(&raw const *h.conn, &raw const **conn)) {
+            set.hear(&mut inner, conn);
+        }
+    });
+}
+
+/// A descriptor number is about to be closed.
+pub fn forget_fd(fd: i32) {
+    each_set(|set, mut inner| {
+        inner.plain.remove(&fd);
+        if inner.remove(fd) {
+            // The agent's duplicate would keep the registration alive after the close.
+            // SAFETY: the application's descriptor, which it is closing just now.
+            let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
+            let _ = epoll::delete(set.as_fd(), anchor);
+        }
+    });
+}
+
+impl Inner {
+    fn remove(&mut self, fd: i32) -> bool {
+        let Some(at) = self.index.remove(&fd) else { return false };
+        self.hot.swap_remove(at);
+        if let Some(moved) = self.hot.get(at) {
+            self.index.insert(moved.fd, at);
+        }
+        true
+    }
+}
+
+/// `epoll_ctl`. Says whether it was served; a call on a descriptor that is followed but has no connection object is
+/// remembered, and must be made as well.
+pub fn ctl(epfd: i32, op: i32, fd: i32, event: Option<(u32, u64)>) -> Outcome<i32> {
+    let Some(slot) = table::followed(fd) else { return Outcome::Bypass };
+    let Some(set) = set_of(epfd) else { return Outcome::Bypass };
+    let Ok(mut inner) = set.inner.lock() else { return Outcome::Bypass };
+    let interest = event.map(|(events, data)| Interest { events, data });
+    match slot.conn() {
+        Some(conn) => {
+            let result = set.ctl_held(&mut inner, &conn, op, fd, interest);
+            Outcome::Done(result.map(|()| 0))
+        }
+        None => {
+            match (op, interest) {
+                (libc::EPOLL_CTL_ADD | libc::EPOLL_CTL_MOD, Some(interest)) => {
+                    inner.plain.insert(fd, interest);
+                    if slot.phase.load(Ordering::Relaxed) == table::OPENING {
+                        set.watch_control();
+                    }
+                }
+                _ => {
+                    inner.plain.remove(&fd);
+                }
+            }
+            Outcome::Bypass
+        }
+    }
+}
+
+impl EpollSet {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the application's epoll descriptor; if it closes it meanwhile it gets EBADF, as from the kernel.
+        unsafe { BorrowedFd::borrow_raw(self.fd) }
+    }
+
+    fn watch_control(&self) {
+        if let Some(control) = client::control() {
+            self.ours.store(true, Ordering::Release);
+            wait::watch(self.as_fd(), control, TOKEN | NO_FD);
+            wait::watch_kick(self.as_fd(), TOKEN | NO_FD);
+        }
+    }
+
+    fn ctl_held(
+        &self,
+        inner: &mut Inner,
+        conn: &ConnRef,
+        op: i32,
+        fd: i32,
+        interest: Option<Interest>,
+    ) -> Result<(), Errno> {
+        let at = inner.index.get(&fd).copied();
+        let asked = at.is_some_and(|at| inner.hot[at].interest.is_some());
+        match (op, interest) {
+            (libc::EPOLL_CTL_ADD, Some(_)) if asked => Err(Errno::EXIST),
+            (libc::EPOLL_CTL_ADD, Some(interest)) => match at {
+                Some(at) => {
+                    inner.hot[at].renew(interest);
+                    Ok(())
+                }
+                None => self.register(inner, fd, conn, interest, false),
+            },
+            (libc::EPOLL_CTL_MOD, Some(interest)) if asked => {
+                if let Some(at) = at {
+                    inner.hot[at].renew(interest);
+                }
+                Ok(())
+            }
+            (libc::EPOLL_CTL_DEL, _) if asked => {
+                if let Some(at) = at {
+                    inner.hot[at].interest = None;
+                }
+                Ok(())
+            }
+            (libc::EPOLL_CTL_MOD | libc::EPOLL_CTL_DEL, _) => Err(Errno::NOENT),
+            _ => Err(Errno::INVAL),
+        }
+    }
+
+    fn register(
+        &self,
+        inner: &mut Inner,
+        fd: i32,
+        conn: &ConnRef,
+        interest: Interest,
+        present: bool,
+    ) -> Result<(), Errno> {
+        use epoll::EventFlags as E;
+        let data = epoll::EventData::new_u64(TOKEN | fd as u64);
+        let flags = E::IN | E::OUT | E::RDHUP | E::PRI | E::ET;
+        // SAFETY: the application's descriptor, in a call on it or under its table entry.
+        let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
+        self.ours.store(true, Ordering::Release);
+        if present {
+            epoll::modify(self.as_fd(), anchor, data, flags)?;
+        } else {
+            epoll::add(self.as_fd(), anchor, data, flags)?;
+        }
+        let mut hot = Hot { fd, conn: conn.clone(), interest: None, spent: false, told: (0, false) };
+        hot.renew(interest);
+        inner.index.insert(fd, inner.hot.len());
+        inner.hot.push(hot);
+        self.hear(inner, conn);
+        Ok(())
+    }
+
+    /// Hears the doorbell of the connection's slab.
+    fn hear(&self, inner: &mut Inner, conn: &ConnRef) {
+        let (Some(bound), Some(entry)) = (conn.bound(), conn.slab()) else { return };
+        bound.header().waiters[bound.side.index()].mask.fetch_or(1 << self.bell, Ordering::Relaxed);
+        if inner.slabs.iter().any(|s| Arc::ptr_eq(s, &entry)) {
+            return;
+        }
+        inner.slabs.retain(|s| Arc::strong_count(s) > 2);
+        if let Some(eventfd) = entry.own.get(self.bell) {
+            wait::watch(self.as_fd(), eventfd, TOKEN | NO_FD);
+        }
+        inner.slabs.push(entry);
+    }
+
+    /// Reports what is ready among the connections.
+    fn harvest(&self, inner: &mut Inner, out: &mut [libc::epoll_event], asking: bool) -> usize {
+        let count = inner.hot.len();
+        let mut n = 0;
+        for step in 0..count {
+            if n == out.len() {
+                break;
+            }
+            let at = (inner.next + step) % count;
+            let hot = &mut inner.hot[at];
+            if let Some(event) = hot.event(asking) {
+                out[n] = event;
+                n += 1;
+                if n == out.len() {
+                    // The next call begins after this one, so that none is starved.
+                    inner.next = (at + 1) % count;
+                }
+            }
+        }
+        n
+    }
+
+    /// Takes the kernel's events: ours become edges of connections, the application's are reported.
+    fn sift(&self, inner: &mut Inner, out: &mut [libc::epoll_event], n: usize) -> usize {
+        let mut kept = 0;
+        for i in 0..n {
+            let event = out[i];
+            let (data, events) = (event.u64, event.events);
+            if data & TOKEN_MASK != TOKEN {
+                out[kept] = event;
+                kept += 1;
+                continue;
+            }
+            let fd = (data & !TOKEN_MASK) as i32;
+            if let Some(at) = inner.index.get(&fd) {
+                let conn = &inner.hot[*at].conn;
+                let bits = events as i32;
+                if bits & (libc::EPOLLIN | libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLERR) != 0 {
+                    conn.kernel_in.store(1, Ordering::Release);
+                }
+                if bits & (libc::EPOLLOUT | libc::EPOLLHUP | libc::EPOLLERR) != 0 {
+                    conn.kernel_out.store(1, Ordering::Release);
+                }
+            }
+        }
+        kept
+    }
+
+    fn announce(inner: &Inner, bell: usize) {
+        for entry in &inner.slabs {
+            for side in [vsocket_channel::Side::Zero, vsocket_channel::Side::One] {
+                // Only our own side's bells wake us.
+                if inner.hot.iter().any(|h| {
+                    h.conn.bound().is_some_and(|b| b.side == side && Arc::ptr_eq(&b.slab, &entry.slab))
+                }) {
+                    entry.slab.bells(side)[bell].announce();
+                }
+            }
+        }
+    }
+
+    fn awake(inner: &Inner, bell: usize) {
+        let mut last = std::ptr::null();
+        for hot in &inner.hot {
+            if let Some(bound) = hot.conn.bound() {
+                if !std::ptr::eq(last, Arc::as_ptr(&bound.slab)) {
+                    last = Arc::as_ptr(&bound.slab);
+                    wait::awake(bound, bell);
+                }
+            }
+        }
+    }
+
+    fn on_ring(inner: &Inner) -> bool {
+        inner.hot.iter().any(|h| h.conn.record().is(status::RX_RING | status::TX_RING))
+    }
+}
+
+impl Hot {
+    fn renew(&mut self, interest: Interest) {
+        self.interest = Some(interest);
+        self.spent = false;
+        self.told = (u64::MAX, false);
+        // As after a MOD in the kernel: what is ready now is a new edge.
+        if !self.conn.record().is(status::RX_RING) {
+            self.conn.kernel_in.store(1, Ordering::Release);
+        }
+        if !self.conn.record().is(status::TX_RING) {
+            self.conn.kernel_out.store(1, Ordering::Release);
+        }
+    }
+
+    /// The event to report, if there is one. `asking`: the kernel may be asked about anchors that had an edge.
+    fn event(&mut self, asking: bool) -> Option<libc::epoll_event> {
+        let interest = self.interest.filter(|_| !self.spent)?;
+        let wanted = PollFlags::from_bits_retain((interest.events & 0xffff) as u16);
+        let mut ready = poll::ring_events(&self.conn, wanted);
+        let edge =
+            self.conn.kernel_in.load(Ordering::Acquire) | self.conn.kernel_out.load(Ordering::Acquire) << 1;
+        let concerns = u32::from(wanted.intersects(PollFlags::IN | PollFlags::RDHUP | PollFlags::PRI))
+            | u32::from(wanted.contains(PollFlags::OUT)) << 1;
+        let draining = self.conn.record().is(status::TX_DRAINING);
+        if asking && (edge & concerns != 0 || draining) {
+            // Cleared first: an edge that comes while the kernel is asked stays.
+            self.conn.kernel_in.store(0, Ordering::Release);
+            self.conn.kernel_out.store(0, Ordering::Release);
+            ready = poll::events_now(&self.conn, wanted);
+            // What the anchor had, it may still have at the next look; what a ring has, the ring says.
+            let record = self.conn.record();
+            let broken = ready.intersects(PollFlags::HUP | PollFlags::ERR);
+            if broken || (ready.contains(PollFlags::IN) && !record.is(status::RX_RING)) {
+                self.conn.kernel_in.store(1, Ordering::Release);
+            }
+            if ready.contains(PollFlags::OUT) && !record.is(status::TX_RING) {
+                self.conn.kernel_out.store(1, Ordering::Release);
+            }
+        }
+        if ready.is_empty() {
+            return None;
+        }
+        if interest.events as i32 & libc::EPOLLET != 0 && !self.new_edge(ready) {
+            return None;
+        }
+        if interest.events as i32 & libc::EPOLLONESHOT != 0 {
+            self.spent = true;
+        }
+        Some(libc::epoll_event { events: u32::from(ready.bits()), u64: interest.data })
+    }
+
+    /// Edge-triggered: whether something has arrived, or room has come, since the last report.
+    fn new_edge(&mut self, ready: PollFlags) -> bool {
+        let endpoint = self.conn.endpoint();
+        let head = endpoint.bound.map_or(0, |b| b.rx().indices.head.head.load(Ordering::Relaxed));
+        let status = u64::from(endpoint.record.status.load(Ordering::Relaxed));
+        let edges =
+            self.conn.kernel_in.swap(0, Ordering::AcqRel) | self.conn.kernel_out.swap(0, Ordering::AcqRel);
+        let now = (head ^ status << 48, ready.contains(PollFlags::OUT));
+        let new = now != self.told || (edges != 0 && endpoint.readable().is_none());
+        self.told = now;
+        new
+    }
+}
+
+/// `epoll_wait` and its kin. `real` is the real call on the set, with the caller's signal mask.
+pub fn wait(
+    epfd: i32,
+    out: &mut [libc::epoll_event],
+    timeout: Option<Duration>,
+    mut real: impl FnMut(&mut [libc::epoll_event], Option<Timespec>) -> Result<usize, Errno>,
+) -> Outcome<usize> {
+    client::check_mail();
+    let Some(set) = set_of(epfd).filter(|s| s.ours.load(Ordering::Acquire)) else { return Outcome::Bypass };
+    if out.is_empty() {
+        return Outcome::Bypass;
+    }
+    let deadline = timeout.map(|t| Instant::now() + t);
+    Outcome::Done(set.wait(out, timeout, deadline, &mut real))
+}
+
+impl EpollSet {
+    fn wait(
+        &self,
+        out: &mut [libc::epoll_event],
+        timeout: Option<Duration>,
+        deadline: Option<Instant>,
+        real: Real<'_>,
+    ) -> Result<usize, Errno> {
+        let zero = Some(Timespec { tv_sec: 0, tv_nsec: 0 });
+        loop {
+            let mut n = self.look(out, real, zero)?;
+            if n > 0 || timeout == Some(Duration::ZERO) || deadline.is_some_and(|d| d <= Instant::now()) {
+                return Ok(n);
+            }
+            n = self.spin(out, real, zero)?;
+            if n > 0 {
+                return Ok(n);
+            }
+            // Announce, look once more, then sleep.
+            let Ok(inner) = self.inner.lock() else { return Err(Errno::INTR) };
+            Self::announce(&inner, self.bell);
+            drop(inner);
+            client::check_mail();
+            n = self.look(out, real, zero)?;
+            if n == 0 {
+                let left = deadline.map(|d| {
+                    let left = d.saturating_duration_since(Instant::now());
+                    Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) }
+                });
+                let slept = real(out, left);
+                client::check_mail();
+                let Ok(mut inner) = self.inner.lock() else { return Err(Errno::INTR) };
+                Self::awake(&inner, self.bell);
+                n = self.sift(&mut inner, out, slept?);
+                let room = out.len();
+                n += self.harvest(&mut inner, &mut out[n..room], true);
+                if n == 0 && deadline.is_some_and(|d| d <= Instant::now()) {
+                    return Ok(0);
+                }
+            } else if let Ok(inner) = self.inner.lock() {
+                Self::awake(&inner, self.bell);
+            }
+            if n > 0 {
+                return Ok(n);
+            }
+        }
+    }
+
+    /// One look at the rings, and at the kernel when its turn has come or nothing else is there.
+    fn look(
+        &self,
+        out: &mut [libc::epoll_event],
+        real: Real<'_>,
+        zero: Option<Timespec>,
+    ) -> Result<usize, Errno> {
+        let Ok(mut inner) = self.inner.lock() else { return Err(Errno::INTR) };
+        if !self.kernels_turn() {
+            let n = self.harvest(&mut inner, out, false);
+            if n > 0 {
+                return Ok(n);
+            }
+        }
+        let got = real(out, zero)?;
+        let n = self.sift(&mut inner, out, got);
+        Ok(n + self.harvest(&mut inner, &mut out[n..], true))
+    }
+
+    fn kernels_turn(&self) -> bool {
+        let now = super::wait::clock();
+        let last = self.kernel_turn.load(Ordering::Relaxed);
+        if now.wrapping_sub(last) < KERNEL_TURN.as_nanos() as u64 {
+            return false;
+        }
+        self.kernel_turn.store(now, Ordering::Relaxed);
+        true
+    }
+
+    fn spin(
+        &self,
+        out: &mut [libc::epoll_event],
+        real: Real<'_>,
+        zero: Option<Timespec>,
+    ) -> Result<usize, Errno> {
+        let Ok(inner) = self.inner.lock() else { return Ok(0) };
+        if !Self::on_ring(&inner) {
+            return Ok(0);
+        }
+        let crowded =
+            inner.hot.iter().find_map(|h| h.conn.bound()).is_some_and(|b| wait::same_cpu(b, self.bell));
+        drop(inner);
+        let mut spin = Spin::new(self.spin.load(Ordering::Relaxed), crowded);
+        while spin.turn() {
+            let Ok(mut inner) = self.inner.lock() else { return Ok(0) };
+            let n = self.harvest(&mut inner, out, false);
+            drop(inner);
+            if n > 0 {
+                wait::learn(&self.spin, true);
+                return Ok(n);
+            }
+            if self.kernels_turn() {
+                let Ok(mut inner) = self.inner.lock() else { return Ok(0) };
+                let got = real(out, zero)?;
+                let mut n = self.sift(&mut inner, out, got);
+                if got > n || n > 0 {
+                    n += self.harvest(&mut inner, &mut out[n..], true);
+                }
+                if n > 0 {
+                    return Ok(n);
+                }
+                drop(inner);
+                client::check_mail();
+            }
+        }
+        wait::learn(&self.spin, false);
+        Ok(0)
+    }
+}
+
+impl AsRawFd for EpollSet {
+    fn as_raw_fd(&self) -> i32 {
+        self.fd
+    }
+}

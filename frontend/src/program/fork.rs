@@ -1,0 +1,45 @@
+//! Fork: the child shares the parent's connections, and talks to the agent over a socket of its own.
+
+use super::client;
+use super::wait;
+use crate::carrier::Carrier;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+static OWNER: AtomicU32 = AtomicU32::new(0);
+static PENDING: Mutex<Option<Carrier>> = Mutex::new(None);
+
+extern "C" fn before() {
+    let carrier = client::before_fork();
+    if carrier.is_some() {
+        wait::shared_by_fork();
+    }
+    if let Ok(mut pending) = PENDING.lock() {
+        *pending = carrier;
+    }
+}
+
+extern "C" fn in_parent() {
+    if let Ok(mut pending) = PENDING.lock() {
+        *pending = None;
+    }
+}
+
+extern "C" fn in_child() {
+    OWNER.store(std::process::id(), Ordering::Relaxed);
+    let carrier = PENDING.lock().ok().and_then(|mut p| p.take());
+    client::after_fork(carrier);
+}
+
+/// Begins to follow forks of this process.
+pub fn install() {
+    OWNER.store(std::process::id(), Ordering::Relaxed);
+    // SAFETY: the handlers are functions of this library, which is never unloaded.
+    unsafe { libc::pthread_atfork(Some(before), Some(in_parent), Some(in_child)) };
+}
+
+/// Whether this is a child that shares its parent's memory (`vfork`): it must not touch the parent's table.
+pub fn is_foreign() -> bool {
+    let owner = OWNER.load(Ordering::Relaxed);
+    owner != 0 && owner != std::process::id()
+}

@@ -1,0 +1,376 @@
+//! Waiting for one descriptor, and `poll`, `ppoll`, `select`, `pselect` over both kinds of descriptor.
+
+use super::Outcome;
+use super::client;
+use super::conn::ConnRef;
+use super::table::{self, Slot};
+use super::wait::{self, Asleep, Spin};
+use crate::record::status;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fd::BorrowedFd;
+use rustix::io::Errno;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// What a thread waits for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Want {
+    /// Bytes, or the end of the stream.
+    Read,
+    /// Room.
+    Write,
+}
+
+/// A deadline as a time-out for the kernel.
+fn remaining(deadline: Option<Instant>) -> Option<Timespec> {
+    deadline.map(|d| {
+        let left = d.saturating_duration_since(Instant::now());
+        Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) }
+    })
+}
+
+fn is_ready(conn: &ConnRef, want: Want) -> Option<bool> {
+    let endpoint = conn.endpoint();
+    match want {
+        Want::Read => endpoint.readable(),
+        Want::Write => endpoint.writable(),
+    }
+}
+
+/// Waits until a descriptor may be ready. True if the anchor had something to say.
+///
+/// # Errors
+///
+/// `AGAIN` at the deadline, `INTR` after a signal.
+pub fn wait_one(fd: i32, slot: &'static Slot, want: Want, deadline: Option<Instant>) -> Result<bool, Errno> {
+    let conn = slot.conn();
+    if let Some(conn) = &conn {
+        if is_ready(conn, want) == Some(false) && spin_one(conn, want) {
+            return Ok(false);
+        }
+    }
+    let Some(asleep) = Asleep::take() else {
+        std::thread::yield_now();
+        return Ok(true);
+    };
+    let bound = conn.as_ref().and_then(|c| c.bound());
+    if let (Some(conn), Some(bound)) = (&conn, bound) {
+        asleep.watch_slab(conn);
+        wait::announce(bound, asleep.bell);
+    }
+    let done = |result| {
+        if let Some(bound) = bound {
+            wait::awake(bound, asleep.bell);
+        }
+        result
+    };
+    client::check_mail();
+    let changed =
+        slot.conn().map(|c| std::ptr::from_ref(&*c)) != conn.as_ref().map(|c| std::ptr::from_ref(&**c));
+    if changed || conn.as_ref().is_some_and(|c| is_ready(c, want) == Some(true)) {
+        return done(Ok(false));
+    }
+    let on_ring = want == Want::Write && conn.as_ref().is_some_and(|c| c.record().is(status::TX_RING));
+    let events = match want {
+        Want::Read => PollFlags::IN,
+        Want::Write if on_ring => PollFlags::empty(),
+        Want::Write => PollFlags::OUT,
+    };
+    // SAFETY: the application's descriptor, in a call on it.
+    let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
+    let set = asleep.as_fd();
+    let mut fds = [PollFd::from_borrowed_fd(anchor, events), PollFd::from_borrowed_fd(set, PollFlags::IN)];
+    let polled = rustix::event::poll(&mut fds, remaining(deadline).as_ref());
+    let said = fds[0].revents();
+    if !fds[1].revents().is_empty() {
+        asleep.settle();
+    }
+    client::check_mail();
+    if let (true, Some(conn)) = (on_ring && said.intersects(PollFlags::ERR | PollFlags::HUP), &conn) {
+        conn.endpoint().break_off();
+    }
+    match polled {
+        Ok(0) => done(Err(Errno::AGAIN)),
+        Ok(_) => done(Ok(!said.is_empty())),
+        Err(error) => done(Err(error)),
+    }
+}
+
+fn spin_one(conn: &ConnRef, want: Want) -> bool {
+    let Some(bound) = conn.bound() else { return false };
+    let crowded = wait::same_cpu(bound, 0);
+    let mut spin = Spin::new(conn.spin.load(Ordering::Relaxed), crowded);
+    while spin.turn() {
+        if is_ready(conn, want) != Some(false) {
+            wait::learn(&conn.spin, true);
+            return true;
+        }
+    }
+    wait::learn(&conn.spin, false);
+    false
+}
+
+/// Waits until the kernel socket takes bytes, at most so many milliseconds.
+pub fn wait_writable(anchor: BorrowedFd<'_>, milliseconds: i64) {
+    let limit = Timespec { tv_sec: 0, tv_nsec: milliseconds * 1_000_000 };
+    let _ = rustix::event::poll(&mut [PollFd::from_borrowed_fd(anchor, PollFlags::OUT)], Some(&limit));
+}
+
+/// The events of a connection on which its anchor alone decides now.
+pub fn anchor_decides(conn: &ConnRef, interest: PollFlags) -> PollFlags {
+    let endpoint = conn.endpoint();
+    let mut decides = PollFlags::empty();
+    if endpoint.readable().is_none() {
+        decides |= interest & (PollFlags::IN | PollFlags::RDNORM | PollFlags::RDHUP | PollFlags::PRI);
+    }
+    if endpoint.writable().is_none() && !endpoint.record.is(status::TX_DRAINING) {
+        decides |= interest & (PollFlags::OUT | PollFlags::WRNORM);
+    }
+    decides
+}
+
+/// The events of a connection that are true without asking the kernel.
+pub fn ring_events(conn: &ConnRef, interest: PollFlags) -> PollFlags {
+    let endpoint = conn.endpoint();
+    let mut events = PollFlags::empty();
+    if endpoint.readable() == Some(true) {
+        events |= interest & (PollFlags::IN | PollFlags::RDNORM);
+    }
+    if endpoint.writable() == Some(true) {
+        events |= interest & (PollFlags::OUT | PollFlags::WRNORM);
+    }
+    if endpoint.record.is(status::RX_EOF) {
+        events |= interest & PollFlags::RDHUP;
+    }
+    if endpoint.record.is(status::BROKEN) {
+        events |= PollFlags::ERR | PollFlags::HUP;
+    }
+    events
+}
+
+/// A connection's events, with what the kernel says about its anchor when it decides, or may end a stay.
+pub fn events_now(conn: &ConnRef, interest: PollFlags) -> PollFlags {
+    let mut events = ring_events(conn, interest);
+    let mut wanted = anchor_decides(conn, interest);
+    let ring = conn.record().is(status::RX_RING);
+    if conn.record().is(status::TX_DRAINING) {
+        if conn.endpoint().drain() == Ok(true) {
+            wanted |= interest & (PollFlags::OUT | PollFlags::WRNORM);
+        }
+        client::tell_left(conn);
+    }
+    if ring {
+        wanted |= PollFlags::IN;
+    }
+    let mut one = [PollFd::new(conn, wanted)];
+    let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
+    if rustix::event::poll(&mut one, Some(&zero)).unwrap_or(0) == 0 {
+        return events;
+    }
+    let mut said = one[0].revents();
+    if ring && said.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
+        conn.endpoint().attend();
+        client::tell_left(conn);
+        events |= ring_events(conn, interest);
+        if conn.record().is(status::RX_RING) {
+            // Still on the ring: what the anchor says is not the application's yet.
+            said -= PollFlags::IN | PollFlags::HUP | PollFlags::RDHUP | PollFlags::RDNORM;
+        }
+    }
+    events | (said & (interest | PollFlags::ERR | PollFlags::HUP))
+}
+
+impl rustix::fd::AsFd for ConnRef {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.anchor()
+    }
+}
+
+/// Counted descriptors that a poll inside the kernel waits for.
+struct Entered(Vec<&'static Slot>);
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        for slot in &self.0 {
+            slot.leave();
+        }
+    }
+}
+
+fn flags_of(events: i16) -> PollFlags {
+    PollFlags::from_bits_retain(events as u16)
+}
+
+/// `poll` and `ppoll`. `real` is the real `ppoll` on a list, with the caller's signal mask.
+pub fn poll(
+    fds: &mut [libc::pollfd],
+    deadline: Option<Instant>,
+    mut real: impl FnMut(&mut [libc::pollfd], Option<Timespec>) -> Result<usize, Errno>,
+) -> Outcome<usize> {
+    client::check_mail();
+    let phase = |fd: i32| table::slot(fd).map_or(table::NONE, |s| s.phase.load(Ordering::Acquire));
+    let special = fds.iter().any(|p| phase(p.fd) > table::COUNTED);
+    if !special {
+        let counted = fds.iter().filter(|p| phase(p.fd) == table::COUNTED);
+        let slots: Vec<_> = counted.filter_map(|p| table::slot(p.fd)).collect();
+        if slots.is_empty() {
+            return Outcome::Bypass;
+        }
+        let mut entered = Entered(Vec::new());
+        for slot in slots {
+            if slot.enter() {
+                entered.0.push(slot);
+            }
+        }
+        let result = real(fds, remaining(deadline));
+        return Outcome::Done(result);
+    }
+    Outcome::Done(serve(fds, deadline, &mut real))
+}
+
+fn serve(
+    fds: &mut [libc::pollfd],
+    deadline: Option<Instant>,
+    real: &mut impl FnMut(&mut [libc::pollfd], Option<Timespec>) -> Result<usize, Errno>,
+) -> Result<usize, Errno> {
+    let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
+    loop {
+        let conns: Vec<(usize, ConnRef)> =
+            fds.iter().enumerate().filter_map(|(i, p)| Some((i, table::followed(p.fd)?.conn()?))).collect();
+        // What the kernel is asked: everything that is not a connection, as it is; those below.
+        let mut kernel: Vec<libc::pollfd> = fds.to_vec();
+        for (i, _) in &conns {
+            kernel[*i].fd = -1;
+        }
+        let look = |fds: &mut [libc::pollfd],
+                    kernel: &mut [libc::pollfd],
+                    real: &mut dyn FnMut(&mut [libc::pollfd]) -> Result<usize, Errno>| {
+            real(kernel)?;
+            for (p, k) in fds.iter_mut().zip(kernel.iter()) {
+                p.revents = if k.fd < 0 { 0 } else { k.revents };
+            }
+            for (i, conn) in &conns {
+                fds[*i].revents = events_now(conn, flags_of(fds[*i].events)).bits() as i16;
+            }
+            Ok(fds.iter().filter(|p| p.revents != 0).count())
+        };
+        let n = look(fds, &mut kernel, &mut |k| real(k, Some(zero)))?;
+        if n > 0 || deadline.is_some_and(|d| d <= Instant::now()) {
+            return Ok(n);
+        }
+        let ring_now = |fds: &[libc::pollfd]| {
+            conns.iter().any(|(i, c)| !ring_events(c, flags_of(fds[*i].events)).is_empty())
+        };
+        // Spin only where a ring can answer.
+        let ringed = conns.iter().find(|(i, c)| {
+            let wants = flags_of(fds[*i].events);
+            c.record().is(if wants.contains(PollFlags::IN) { status::RX_RING } else { status::TX_RING })
+        });
+        if let Some((_, conn)) = ringed {
+            let crowded = conn.bound().is_some_and(|b| wait::same_cpu(b, 0));
+            let mut spin = Spin::new(conn.spin.load(Ordering::Relaxed), crowded);
+            let mut paid = false;
+            while !paid && spin.turn() {
+                paid = ring_now(fds);
+            }
+            wait::learn(&conn.spin, paid);
+            if paid {
+                continue;
+            }
+        }
+        let Some(asleep) = Asleep::take() else { continue };
+        for (_, conn) in &conns {
+            if let Some(bound) = conn.bound() {
+                asleep.watch_slab(conn);
+                wait::announce(bound, asleep.bell);
+            }
+        }
+        let mail = client::mail_waits();
+        let slept = if mail || ring_now(fds) {
+            Ok(1)
+        } else {
+            for (i, conn) in &conns {
+                kernel[*i].fd = fds[*i].fd;
+                let mut wanted = anchor_decides(conn, flags_of(fds[*i].events));
+                if conn.record().is(status::RX_RING) {
+                    wanted |= PollFlags::IN;
+                }
+                if conn.record().is(status::TX_DRAINING) {
+                    wanted |= PollFlags::OUT;
+                }
+                kernel[*i].events = wanted.bits() as i16;
+            }
+            let set = rustix::fd::AsRawFd::as_raw_fd(&asleep.as_fd());
+            kernel.push(libc::pollfd { fd: set, events: libc::POLLIN, revents: 0 });
+            real(&mut kernel, remaining(deadline))
+        };
+        for (_, conn) in &conns {
+            if let Some(bound) = conn.bound() {
+                wait::awake(bound, asleep.bell);
+            }
+        }
+        asleep.settle();
+        client::check_mail();
+        slept?;
+    }
+}
+
+/// `select` and `pselect`: the sets become a list, and back. Numbers beyond `nfds` are left alone.
+pub fn select(
+    nfds: i32,
+    sets: [*mut libc::fd_set; 3],
+    deadline: Option<Instant>,
+    real: impl FnMut(&mut [libc::pollfd], Option<Timespec>) -> Result<usize, Errno>,
+) -> Outcome<usize> {
+    const EVENTS: [i16; 3] = [libc::POLLIN | libc::POLLRDHUP, libc::POLLOUT, libc::POLLPRI];
+    const ANSWERS: [i16; 3] = [
+        libc::POLLIN | libc::POLLHUP | libc::POLLERR | libc::POLLRDHUP,
+        libc::POLLOUT | libc::POLLERR,
+        libc::POLLPRI,
+    ];
+    let has = |set: *mut libc::fd_set, fd: i32| {
+        // SAFETY: the application's set has room for its own `nfds` numbers.
+        !set.is_null() && unsafe { *set.cast::<u8>().add(fd as usize / 8) } & (1 << (fd % 8)) != 0
+    };
+    let mut list = Vec::new();
+    for fd in 0..nfds.max(0) {
+        let events = (0..3).filter(|i| has(sets[*i], fd)).fold(0, |all, i| all | EVENTS[i]);
+        if events != 0 {
+            list.push(libc::pollfd { fd, events, revents: 0 });
+        }
+    }
+    if !list.iter().any(|p| table::followed(p.fd).is_some()) {
+        return Outcome::Bypass;
+    }
+    let result = match poll(&mut list, deadline, real) {
+        Outcome::Bypass => return Outcome::Bypass,
+        Outcome::Done(result) => result,
+    };
+    if let Err(error) = result {
+        return Outcome::Done(Err(error));
+    }
+    if list.iter().any(|p| p.revents & libc::POLLNVAL != 0) {
+        return Outcome::Done(Err(Errno::BADF));
+    }
+    let mut count = 0;
+    for (i, set) in sets.into_iter().enumerate().filter(|(_, s)| !s.is_null()) {
+        for p in &list {
+            let (byte, bit) = (p.fd as usize / 8, 1u8 << (p.fd % 8));
+            // SAFETY: as above.
+            let place = unsafe { &mut *set.cast::<u8>().add(byte) };
+            if *place & bit != 0 {
+                if p.revents & ANSWERS[i] == 0 {
+                    *place &= !bit;
+                } else {
+                    count += 1;
+                }
+            }
+        }
+    }
+    Outcome::Done(Ok(count))
+}
+
+/// A relative time-out as a deadline.
+pub fn deadline(timeout: Option<Duration>) -> Option<Instant> {
+    timeout.map(|t| Instant::now() + t)
+}

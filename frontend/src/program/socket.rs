@@ -1,0 +1,401 @@
+//! Calls on one descriptor: sending, receiving, closing, duplicating.
+
+use super::Outcome;
+use super::client;
+use super::conn::ConnRef;
+use super::epoll;
+use super::poll::{self, Want};
+use super::table::{self, Slot};
+use crate::record::status;
+use rustix::fd::BorrowedFd;
+use rustix::io::{Errno, IoSlice, IoSliceMut};
+use rustix::net::{RecvFlags, SendFlags};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// Sent or received, in the slot's counting.
+const SENT: u8 = 1;
+const RECEIVED: u8 = 2;
+
+/// A call that is inside the kernel on a counted descriptor, by the hook's own real call.
+pub struct Inside(&'static Slot, i32, u8);
+
+impl Inside {
+    /// The real call has returned.
+    pub fn returned(self, n: isize) {
+        let Self(slot, fd, direction) = self;
+        slot.leave();
+        slot.count(direction, n.max(0) as u64);
+        // Not after an error: errno is the application's.
+        if n > 0 && client::worth_it(slot) {
+            slot.phase.store(table::WANTED, Ordering::Release);
+            client::open(fd, slot);
+        }
+    }
+}
+
+/// How a data call is to be served.
+pub enum Route {
+    /// Make the real call.
+    Kernel,
+    /// Make the real call, and say what it returned.
+    Counted(Inside),
+    /// Serve it.
+    Served(&'static Slot),
+}
+
+fn route(fd: i32, direction: u8) -> Route {
+    let Some(slot) = table::followed(fd) else { return Route::Kernel };
+    if slot.phase.load(Ordering::Acquire) == table::COUNTED && slot.enter() {
+        return Route::Counted(Inside(slot, fd, direction));
+    }
+    Route::Served(slot)
+}
+
+/// How a receiving call is to be served.
+pub fn receiving(fd: i32) -> Route {
+    route(fd, RECEIVED)
+}
+
+/// How a sending call is to be served.
+pub fn sending(fd: i32) -> Route {
+    route(fd, SENT)
+}
+
+/// Whether the descriptor has a connection object: then special calls must be served or refused, not passed on.
+pub fn held(fd: i32) -> Option<ConnRef> {
+    table::followed(fd)?.conn()
+}
+
+/// Whether the descriptor is followed at all.
+pub fn is_followed(fd: i32) -> bool {
+    table::followed(fd).is_some()
+}
+
+/// A call moves bytes that cannot be counted: a descriptor without a connection object is not followed any more.
+pub fn leave_alone(fd: i32) {
+    if let Some(slot) = table::followed(fd).filter(|s| s.phase.load(Ordering::Relaxed) < table::OPENING) {
+        slot.phase.store(table::NONE, Ordering::Relaxed);
+    }
+}
+
+fn timeout(fd: i32, which: rustix::net::sockopt::Timeout) -> Option<Instant> {
+    // SAFETY: the application's descriptor, in a call on it.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    let limit: Option<Duration> = rustix::net::sockopt::socket_timeout(fd, which).ok().flatten();
+    limit.map(|t| Instant::now() + t)
+}
+
+/// A call that may have to wait, told by `once` what can be done now.
+fn waiting(
+    fd: i32,
+    slot: &'static Slot,
+    want: Want,
+    nonblocking: bool,
+    mut once: impl FnMut(bool) -> Result<usize, Errno>,
+) -> Result<usize, Errno> {
+    client::check_mail();
+    if matches!(slot.phase.load(Ordering::Relaxed), table::WANTED | table::OPENING) {
+        client::open(fd, slot);
+    }
+    let mut look = false;
+    let mut deadline = None;
+    loop {
+        match once(look) {
+            Err(Errno::AGAIN) if !nonblocking && !slot.nonblocking(fd) => {
+                if deadline.is_none() {
+                    let which = match want {
+                        Want::Read => rustix::net::sockopt::Timeout::Recv,
+                        Want::Write => rustix::net::sockopt::Timeout::Send,
+                    };
+                    deadline = Some(timeout(fd, which));
+                }
+                look = poll::wait_one(fd, slot, want, deadline.flatten())?;
+            }
+            other => return other,
+        }
+    }
+}
+
+/// One attempt on a descriptor without a connection object, without waiting.
+fn raw<T>(slot: &Slot, direction: u8, call: impl FnOnce() -> Result<usize, T>) -> Option<Result<usize, T>> {
+    if !slot.enter() {
+        return None;
+    }
+    let got = call();
+    slot.leave();
+    if let Ok(n) = &got {
+        slot.count(direction, *n as u64);
+    }
+    Some(got)
+}
+
+/// Sends as `send(2)` does. Nothing of `bufs` is kept.
+pub fn send(fd: i32, slot: &'static Slot, bufs: &[IoSlice<'_>], flags: SendFlags) -> Result<usize, Errno> {
+    let total: usize = bufs.iter().map(|b| b.len()).sum();
+    let nonblocking = flags.contains(SendFlags::DONTWAIT);
+    let mut done = 0;
+    loop {
+        let rest;
+        let piece = if done == 0 {
+            bufs
+        } else {
+            rest = Rest::after(bufs, done);
+            rest.as_slice()
+        };
+        let sent = waiting(fd, slot, Want::Write, nonblocking, |_| {
+            loop {
+                if let Some(conn) = slot.conn() {
+                    let got = conn.endpoint().send(piece, flags);
+                    client::tell_left(&conn);
+                    return got;
+                }
+                // SAFETY: the application's descriptor, in a call on it.
+                let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
+                let call = || {
+                    let mut control = rustix::net::SendAncillaryBuffer::default();
+                    let flags = flags | SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+                    rustix::net::sendmsg(anchor, piece, &mut control, flags)
+                };
+                if let Some(got) = raw(slot, SENT, call) {
+                    return got;
+                }
+            }
+        });
+        match sent {
+            Ok(n) => done += n,
+            Err(_) if done > 0 => return Ok(done),
+            Err(error) => return Err(error),
+        }
+        // A blocking send returns when all is taken; a non-blocking one with what was.
+        if done >= total || nonblocking || slot.nonblocking(fd) {
+            return Ok(done);
+        }
+    }
+}
+
+/// What is left of a gather list, without allocation for short ones.
+struct Rest<'a> {
+    few: [IoSlice<'a>; 8],
+    many: Vec<IoSlice<'a>>,
+    len: usize,
+}
+
+impl<'a> Rest<'a> {
+    fn after(bufs: &'a [IoSlice<'a>], mut skip: usize) -> Self {
+        let mut rest = Self { few: [IoSlice::new(&[]); 8], many: Vec::new(), len: 0 };
+        for buf in bufs {
+            let from = skip.min(buf.len());
+            skip -= from;
+            if from < buf.len() {
+                rest.push(&buf[from..]);
+            }
+        }
+        rest
+    }
+
+    fn push(&mut self, piece: &'a [u8]) {
+        if self.many.is_empty() && self.len < self.few.len() {
+            self.few[self.len] = IoSlice::new(piece);
+        } else {
+            if self.many.is_empty() {
+                self.many.extend_from_slice(&self.few);
+            }
+            self.many.push(IoSlice::new(piece));
+        }
+        self.len += 1;
+    }
+
+    fn as_slice(&self) -> &[IoSlice<'a>] {
+        if self.many.is_empty() { &self.few[..self.len] } else { &self.many }
+    }
+}
+
+/// Receives as `recv(2)` does.
+pub fn recv(
+    fd: i32,
+    slot: &'static Slot,
+    bufs: &mut [IoSliceMut<'_>],
+    flags: RecvFlags,
+) -> Result<usize, Errno> {
+    let total: usize = bufs.iter().map(|b| b.len()).sum();
+    let nonblocking = flags.contains(RecvFlags::DONTWAIT);
+    let peek = flags.contains(RecvFlags::PEEK);
+    let all = flags.contains(RecvFlags::WAITALL) && !peek && !nonblocking;
+    let mut done = recv_some(fd, slot, bufs, flags, (nonblocking, peek))?;
+    while all && done > 0 && done < total {
+        match recv_some(fd, slot, &mut after_mut(bufs, done), flags, (nonblocking, peek)) {
+            Ok(n) if n > 0 => done += n,
+            _ => break,
+        }
+    }
+    Ok(done)
+}
+
+fn recv_some(
+    fd: i32,
+    slot: &'static Slot,
+    bufs: &mut [IoSliceMut<'_>],
+    flags: RecvFlags,
+    (nonblocking, peek): (bool, bool),
+) -> Result<usize, Errno> {
+    waiting(fd, slot, Want::Read, nonblocking, |look| {
+        loop {
+            if let Some(conn) = slot.conn() {
+                return recv_conn(&conn, bufs, peek, look);
+            }
+            // SAFETY: the application's descriptor, in a call on it.
+            let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
+            let call = || {
+                let mut control = rustix::net::RecvAncillaryBuffer::default();
+                let flags = (flags - RecvFlags::WAITALL) | RecvFlags::DONTWAIT;
+                rustix::net::recvmsg(anchor, bufs, &mut control, flags).map(|m| m.bytes)
+            };
+            if let Some(got) = raw(slot, if peek { 0 } else { RECEIVED }, call) {
+                return got;
+            }
+        }
+    })
+}
+
+fn after_mut<'a>(bufs: &'a mut [IoSliceMut<'_>], mut skip: usize) -> Vec<IoSliceMut<'a>> {
+    let mut rest = Vec::with_capacity(bufs.len());
+    for buf in bufs {
+        let from = skip.min(buf.len());
+        skip -= from;
+        rest.push(IoSliceMut::new(&mut buf[from..]));
+    }
+    rest
+}
+
+fn recv_conn(conn: &ConnRef, bufs: &mut [IoSliceMut<'_>], peek: bool, look: bool) -> Result<usize, Errno> {
+    // Cleared before the read: an edge that comes meanwhile stays.
+    let edge = conn.kernel_in.swap(0, Ordering::AcqRel) != 0;
+    let got = conn.endpoint().recv(bufs, peek, look || edge);
+    // On the ring an edge stays until the ring is empty and the anchor was looked at; off it, more may be there.
+    if got.is_ok() && (edge || !conn.record().is(status::RX_RING)) {
+        conn.kernel_in.store(1, Ordering::Release);
+    }
+    client::tell_left(conn);
+    got
+}
+
+/// `close(2)` was called: forgets the number before the kernel does. What the connection still owes is the agent's.
+pub fn before_close(fd: i32) {
+    let Some(slot) = table::slot(fd) else { return };
+    if !slot.epoll.load(Ordering::Relaxed).is_null() {
+        epoll::closed_set(fd);
+    }
+    if slot.phase.load(Ordering::Relaxed) == table::NONE {
+        return;
+    }
+    if super::fork::is_foreign() {
+        return;
+    }
+    epoll::forget_fd(fd);
+    let Some(conn) = slot.forget() else { return };
+    if conn.names.fetch_sub(1, Ordering::AcqRel) > 1 {
+        // Another number names the connection: it must not hold on to this one.
+        if conn.fd.load(Ordering::Relaxed) == fd {
+            let other = table::all().find(|(n, s)| *n != fd && std::ptr::eq(s.conn_ptr(), &raw const *conn));
+            if let Some((other, _)) = other {
+                conn.fd.store(other, Ordering::Release);
+            }
+        }
+        return;
+    }
+    if client::attended(&conn) {
+        client::closed(&conn);
+        return;
+    }
+    finish_alone(&conn);
+}
+
+/// No agent is there to finish: what can be delivered in a moment is.
+fn finish_alone(conn: &ConnRef) {
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_millis(500) {
+        match conn.endpoint().shut() {
+            Ok(false) => poll::wait_writable(conn.anchor(), 10),
+            _ => return,
+        }
+    }
+    conn.endpoint().break_off();
+}
+
+/// A descriptor was duplicated: the new number names the same connection.
+pub fn duplicated(old: i32, new: i32) {
+    let (Some(from), Some(to)) = (table::followed(old), table::slot(new)) else { return };
+    match from.conn() {
+        Some(conn) => {
+            conn.names.fetch_add(1, Ordering::AcqRel);
+            to.hold(conn);
+        }
+        // Counted under one number only: two would see half each. It stays on TCP.
+        None => from.phase.store(table::NONE, Ordering::Release),
+    }
+}
+
+/// A new connection came into being under this number.
+pub fn appeared(fd: i32, connector: bool) {
+    let Some(slot) = table::slot(fd) else { return };
+    if slot.phase.load(Ordering::Relaxed) != table::NONE {
+        // The number was closed behind our back.
+        before_close(fd);
+    }
+    slot.forget_mode();
+    slot.follow(connector);
+}
+
+/// `shutdown(2)`.
+pub fn shutdown(fd: i32, read: bool, write: bool) -> Outcome<i32> {
+    let Some(conn) = held(fd) else { return Outcome::Bypass };
+    let endpoint = conn.endpoint();
+    if read {
+        endpoint.record.set_status(status::RX_EOF, status::RX_EOF);
+        let _ = rustix::net::shutdown(conn.anchor(), rustix::net::Shutdown::Read);
+    }
+    if write && !endpoint.record.is(status::TX_SHUT) {
+        match endpoint.shut() {
+            Ok(true) => {}
+            Ok(false) => client::shut(&conn),
+            Err(error) => return Outcome::Done(Err(error)),
+        }
+        client::tell_left(&conn);
+    }
+    Outcome::Done(Ok(0))
+}
+
+/// Bytes that `FIONREAD` would report, if the connection is not simply the kernel's.
+pub fn unread(fd: i32) -> Option<usize> {
+    let conn = held(fd)?;
+    let endpoint = conn.endpoint();
+    let record = endpoint.record;
+    if record.is(status::RX_RING) {
+        let bound = endpoint.bound?;
+        return bound.rx().available(record.rx_off.load(Ordering::Relaxed)).ok();
+    }
+    None
+}
+
+/// Descriptors from `first` to `last` are about to be closed.
+pub fn before_close_range(first: u32, last: u32) {
+    for (fd, _) in table::all() {
+        if (first..=last).contains(&(fd as u32)) {
+            before_close(fd);
+        }
+    }
+}
+
+/// Whether the number is an open descriptor.
+pub fn is_open(fd: i32) -> bool {
+    // SAFETY: only asked about; a number that is not open gives EBADF.
+    fd >= 0 && rustix::io::fcntl_getfd(unsafe { BorrowedFd::borrow_raw(fd) }).is_ok()
+}
+
+/// The application has changed the descriptor's mode.
+pub fn set_nonblocking(fd: i32, set: bool) {
+    if let Some(slot) = table::followed(fd) {
+        slot.set_nonblocking(set);
+    }
+}

@@ -1,0 +1,203 @@
+//! The descriptor table: what is known of each descriptor number.
+
+use super::conn::{Conn, ConnRef};
+use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+/// Descriptors from here on are not followed.
+pub const MAX_FDS: usize = 65536;
+
+/// Not followed: every call is the kernel's.
+pub const NONE: u8 = 0;
+/// Counted.
+pub const COUNTED: u8 = 1;
+/// Worth opening; blocking calls already wait outside the kernel's recv and send, so that it can be.
+pub const WANTED: u8 = 2;
+/// Opened with the agent; the answer is outstanding.
+pub const OPENING: u8 = 3;
+/// Has a connection object.
+pub const HELD: u8 = 4;
+
+/// What is known of one descriptor number.
+#[repr(align(64))]
+pub struct Slot {
+    /// `NONE` … `HELD`.
+    pub phase: AtomicU8,
+    /// This end did the connect.
+    connector: AtomicU8,
+    /// 1: O_NONBLOCK is set, 2: it is not, 0: unknown.
+    nonblock: AtomicU8,
+    /// The last direction of travel: 1 sent, 2 received.
+    last: AtomicU8,
+    /// Calls inside the kernel on this descriptor.
+    inside: AtomicU32,
+    /// 1 while a thread turns the slot into a held one: nobody may enter the kernel meanwhile.
+    gate: AtomicU32,
+    /// Times the direction of travel turned.
+    turns: AtomicU32,
+    /// Distinguishes one use of the number from the next.
+    pub epoch: AtomicU32,
+    /// Bytes sent and received.
+    tx: AtomicU64,
+    rx: AtomicU64,
+    conn: AtomicPtr<Conn>,
+    /// The epoll set of this number, if it is one.
+    pub epoll: AtomicPtr<super::epoll::EpollSet>,
+}
+
+static SLOTS: [Slot; MAX_FDS] = [const { Slot::new() }; MAX_FDS];
+
+/// The slot of a descriptor number, if it is in the table's range.
+pub fn slot(fd: i32) -> Option<&'static Slot> {
+    SLOTS.get(usize::try_from(fd).ok()?)
+}
+
+/// The slot of a descriptor that is followed.
+pub fn followed(fd: i32) -> Option<&'static Slot> {
+    slot(fd).filter(|s| s.phase.load(Ordering::Relaxed) != NONE)
+}
+
+/// All slots in use, with their numbers.
+pub fn all() -> impl Iterator<Item = (i32, &'static Slot)> {
+    (0i32..).zip(&SLOTS).filter(|(_, s)| s.phase.load(Ordering::Relaxed) != NONE)
+}
+
+impl Slot {
+    const fn new() -> Self {
+        Self {
+            phase: AtomicU8::new(NONE),
+            connector: AtomicU8::new(0),
+            nonblock: AtomicU8::new(0),
+            last: AtomicU8::new(0),
+            inside: AtomicU32::new(0),
+            gate: AtomicU32::new(0),
+            turns: AtomicU32::new(0),
+            epoch: AtomicU32::new(0),
+            tx: AtomicU64::new(0),
+            rx: AtomicU64::new(0),
+            conn: AtomicPtr::new(std::ptr::null_mut()),
+            epoll: AtomicPtr::new(std::ptr::null_mut()),
+        }
+    }
+
+    /// Begins to follow a fresh connection.
+    pub fn follow(&self, connector: bool) {
+        for word in [&self.tx, &self.rx] {
+            word.store(0, Ordering::Relaxed);
+        }
+        self.turns.store(0, Ordering::Relaxed);
+        self.last.store(0, Ordering::Relaxed);
+        self.connector.store(u8::from(connector), Ordering::Relaxed);
+        self.epoch.fetch_add(1, Ordering::Relaxed);
+        self.phase.store(COUNTED, Ordering::Release);
+    }
+
+    /// Stops following; the connection object, if there was one.
+    pub fn forget(&self) -> Option<ConnRef> {
+        self.phase.store(NONE, Ordering::Relaxed);
+        self.nonblock.store(0, Ordering::Relaxed);
+        ConnRef::take(&self.conn)
+    }
+
+    /// This end did the connect.
+    pub fn connector(&self) -> bool {
+        self.connector.load(Ordering::Relaxed) != 0
+    }
+
+    /// Bytes sent and received while the descriptor was counted.
+    pub fn moved(&self) -> (u64, u64) {
+        (self.tx.load(Ordering::Relaxed), self.rx.load(Ordering::Relaxed))
+    }
+
+    /// Times the direction of travel turned.
+    pub fn turns(&self) -> u32 {
+        self.turns.load(Ordering::Relaxed)
+    }
+
+    /// Calls inside the kernel.
+    pub fn inside(&self) -> u32 {
+        self.inside.load(Ordering::SeqCst)
+    }
+
+    /// The connection object.
+    pub fn conn(&self) -> Option<ConnRef> {
+        if self.phase.load(Ordering::Acquire) != HELD {
+            return None;
+        }
+        ConnRef::acquire(&self.conn)
+    }
+
+    /// The connection object, while the caller knows that the slot keeps it.
+    pub fn conn_ptr(&self) -> *mut Conn {
+        self.conn.load(Ordering::Acquire)
+    }
+
+    /// Puts a connection object into the slot, which takes over the reference.
+    pub fn hold(&self, conn: ConnRef) {
+        conn.put(&self.conn);
+        self.phase.store(HELD, Ordering::Release);
+    }
+
+    /// Enters the kernel with a call on this descriptor; false if the slot is being turned into a held one: look again.
+    pub fn enter(&self) -> bool {
+        // Dekker with `adopt`: our count is visible before we look at the gate, the gate before the count is looked at.
+        self.inside.fetch_add(1, Ordering::SeqCst);
+        if self.gate.load(Ordering::SeqCst) == 0 && self.phase.load(Ordering::Acquire) != HELD {
+            return true;
+        }
+        self.inside.fetch_sub(1, Ordering::SeqCst);
+        std::thread::yield_now();
+        false
+    }
+
+    /// Leaves the kernel.
+    pub fn leave(&self) {
+        self.inside.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Runs `f` while no call is inside the kernel; `None` if one is.
+    pub fn adopt<T>(&self, f: impl FnOnce() -> T) -> Option<T> {
+        if self.gate.swap(1, Ordering::SeqCst) != 0 {
+            return None;
+        }
+        let result = (self.inside.load(Ordering::SeqCst) == 0).then(f);
+        self.gate.store(0, Ordering::SeqCst);
+        result
+    }
+
+    /// Counts bytes of a call: sent (`direction` 1) or received (2).
+    pub fn count(&self, direction: u8, n: u64) {
+        if n == 0 {
+            return;
+        }
+        let counter = if direction == 1 { &self.tx } else { &self.rx };
+        counter.fetch_add(n, Ordering::Relaxed);
+        if self.last.swap(direction, Ordering::Relaxed) != direction {
+            self.turns.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the descriptor is in non-blocking mode.
+    pub fn nonblocking(&self, fd: i32) -> bool {
+        match self.nonblock.load(Ordering::Relaxed) {
+            1 => true,
+            2 => false,
+            _ => {
+                // SAFETY: the application's own descriptor, in a call on it.
+                let fd = unsafe { rustix::fd::BorrowedFd::borrow_raw(fd) };
+                let set = rustix::fs::fcntl_getfl(fd).is_ok_and(|f| f.contains(rustix::fs::OFlags::NONBLOCK));
+                self.set_nonblocking(set);
+                set
+            }
+        }
+    }
+
+    /// The application has changed the mode.
+    pub fn set_nonblocking(&self, set: bool) {
+        self.nonblock.store(if set { 1 } else { 2 }, Ordering::Relaxed);
+    }
+
+    /// The mode may have changed.
+    pub fn forget_mode(&self) {
+        self.nonblock.store(0, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,248 @@
+//! How a thread waits: spin while it pays, announce the sleep, look once more, then block in the kernel.
+//!
+//! A thread that must block takes a [`Waiter`] from a pool for as long as it sleeps: an epoll descriptor that watches
+//! the slabs' doorbells and the control socket, edge-triggered, so that nobody drains an eventfd that another needs.
+
+use super::client::{self, SlabEntry};
+use super::conn::Conn;
+use crate::memory::Bound;
+use rustix::event::epoll;
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+use vsocket_channel::layout::BELLS;
+
+/// Longest spin, in nanoseconds: longer adds little, as what it saves is a wake-up across cores.
+pub const SPIN_MAX: u32 = 50_000;
+/// Shortest spin.
+const SPIN_MIN: u32 = 2_000;
+/// Pure spinning before the processor is offered to others.
+const PAUSE: Duration = Duration::from_micros(4);
+
+/// How many waiters of this process use each doorbell number.
+static WAITERS: [AtomicU32; BELLS] = [const { AtomicU32::new(0) }; BELLS];
+/// After a fork two processes share the doorbells.
+static SHARED: AtomicBool = AtomicBool::new(false);
+
+/// From now on no waiter is alone on its bell.
+pub fn shared_by_fork() {
+    SHARED.store(true, Ordering::Relaxed);
+}
+
+/// The doorbell number for a new waiter: the one with the fewest.
+pub fn assign_bell() -> usize {
+    let n = (0..BELLS).min_by_key(|n| WAITERS[*n].load(Ordering::Relaxed)).unwrap_or(0);
+    WAITERS[n].fetch_add(1, Ordering::Relaxed);
+    n
+}
+
+/// A waiter has ended.
+pub fn return_bell(n: usize) {
+    WAITERS[n].fetch_sub(1, Ordering::Relaxed);
+}
+
+/// Announces on a slab's bell that a waiter of this side goes to sleep.
+pub fn announce(bound: &Bound, bell: usize) {
+    let mask = &bound.header().waiters[bound.side.index()].mask;
+    let bit = 1 << bell;
+    if mask.load(Ordering::Relaxed) & bit == 0 {
+        mask.fetch_or(bit, Ordering::Relaxed);
+    }
+    bound.slab.bells(bound.side)[bell].announce();
+}
+
+/// Takes the announcement back.
+pub fn awake(bound: &Bound, bell: usize) {
+    let alone = WAITERS[bell].load(Ordering::Relaxed) == 1 && !SHARED.load(Ordering::Relaxed);
+    bound.slab.bells(bound.side)[bell].awake(alone);
+}
+
+fn current_cpu() -> u32 {
+    rustix::thread::sched_getcpu() as u32 + 1
+}
+
+/// Tells the far side on which processor this waiter runs; whether the far side's waiters run on the same.
+pub fn same_cpu(bound: &Bound, bell: usize) -> bool {
+    let cpu = current_cpu();
+    let own = &bound.slab.bells(bound.side)[bell].cpu;
+    if own.load(Ordering::Relaxed) != cpu {
+        own.store(cpu, Ordering::Relaxed);
+    }
+    let far = bound.side.other();
+    let mask = bound.header().waiters[far.index()].mask.load(Ordering::Relaxed);
+    let bells = bound.slab.bells(far).iter().enumerate();
+    bells.filter(|(n, _)| mask & (1 << n) != 0).any(|(_, b)| b.cpu.load(Ordering::Relaxed) == cpu)
+}
+
+/// One bounded spin.
+pub struct Spin {
+    began: Instant,
+    polls: u32,
+    budget: Duration,
+    yielding: bool,
+}
+
+impl Spin {
+    /// A spin of at most `budget` nanoseconds. `crowded` says that spinning would keep the other side from running.
+    pub fn new(budget: u32, crowded: bool) -> Self {
+        Self {
+            began: Instant::now(),
+            polls: 0,
+            budget: Duration::from_nanos(u64::from(budget)),
+            yielding: crowded,
+        }
+    }
+
+    /// Waits a moment; false when the spin is over.
+    pub fn turn(&mut self) -> bool {
+        self.polls += 1;
+        if !self.yielding {
+            if self.polls & 31 == 0 && self.began.elapsed() > PAUSE {
+                self.yielding = true;
+            }
+            std::hint::spin_loop();
+            return true;
+        }
+        rustix::thread::sched_yield();
+        self.began.elapsed() < self.budget
+    }
+}
+
+/// What the next spin may cost, learnt from whether this one paid.
+pub fn learn(spin: &AtomicU32, paid: bool) {
+    let was = spin.load(Ordering::Relaxed);
+    let next = if paid { (was * 2).min(SPIN_MAX) } else { (was / 2).max(SPIN_MIN) };
+    if next != was {
+        spin.store(next, Ordering::Relaxed);
+    }
+}
+
+/// Wakes every sleeping thread and set of this process. Watched edge-triggered, so it is never drained.
+static KICK: OnceLock<Option<OwnedFd>> = OnceLock::new();
+
+fn kick_fd() -> Option<&'static OwnedFd> {
+    let make = || {
+        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
+        let fd = rustix::event::eventfd(0, flags).ok()?;
+        Some(rustix::io::fcntl_dupfd_cloexec(&fd, 900).unwrap_or(fd))
+    };
+    KICK.get_or_init(make).as_ref()
+}
+
+/// Wakes everybody who sleeps in this process, to look again.
+pub fn kick() {
+    if let Some(fd) = kick_fd() {
+        let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+    }
+}
+
+/// Adds the kick to a set.
+pub fn watch_kick(set: impl AsFd, data: u64) {
+    if let Some(fd) = kick_fd() {
+        watch(set, fd, data);
+    }
+}
+
+/// What a sleeping thread uses.
+pub struct Waiter {
+    set: OwnedFd,
+    /// Its doorbell number.
+    pub bell: usize,
+    /// Slabs whose doorbell the set watches.
+    slabs: Mutex<Vec<Arc<SlabEntry>>>,
+    control: AtomicI32,
+}
+
+static POOL: Mutex<Vec<Waiter>> = Mutex::new(Vec::new());
+
+/// A waiter for as long as the thread sleeps.
+pub struct Asleep(Option<Waiter>);
+
+impl Asleep {
+    /// Takes a waiter from the pool.
+    pub fn take() -> Option<Self> {
+        let pooled = POOL.lock().ok()?.pop();
+        let waiter = match pooled {
+            Some(waiter) => waiter,
+            None => Waiter::new()?,
+        };
+        waiter.watch_control();
+        Some(Self(Some(waiter)))
+    }
+}
+
+impl std::ops::Deref for Asleep {
+    type Target = Waiter;
+    fn deref(&self) -> &Waiter {
+        self.0.as_ref().unwrap_or_else(|| unreachable!("taken only in drop"))
+    }
+}
+
+impl Drop for Asleep {
+    fn drop(&mut self) {
+        if let (Some(waiter), Ok(mut pool)) = (self.0.take(), POOL.lock()) {
+            pool.push(waiter);
+        }
+    }
+}
+
+/// Adds a descriptor to an epoll set, edge-triggered.
+pub fn watch(set: impl AsFd, fd: impl AsFd, data: u64) -> bool {
+    let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+    let added = epoll::add(set, fd, epoll::EventData::new_u64(data), flags);
+    matches!(added, Ok(()) | Err(rustix::io::Errno::EXIST))
+}
+
+impl Waiter {
+    fn new() -> Option<Self> {
+        let set = epoll::create(epoll::CreateFlags::CLOEXEC).ok()?;
+        let set = rustix::io::fcntl_dupfd_cloexec(&set, 900).unwrap_or(set);
+        watch_kick(&set, 0);
+        let bell = assign_bell();
+        Some(Self { set, bell, slabs: Mutex::default(), control: AtomicI32::new(-1) })
+    }
+
+    fn watch_control(&self) {
+        if let Some(control) = client::control() {
+            let number = rustix::fd::AsRawFd::as_raw_fd(&control);
+            // A closed socket leaves the set by itself; the number may come again for another.
+            if self.control.swap(number, Ordering::Relaxed) != number || !watch(&self.set, control, 0) {
+                watch(&self.set, control, 0);
+            }
+        }
+    }
+
+    /// Watches the doorbell of the connection's slab.
+    pub fn watch_slab(&self, conn: &Conn) {
+        let (Some(entry), Ok(mut slabs)) = (conn.slab(), self.slabs.lock()) else { return };
+        if slabs.iter().any(|s| Arc::ptr_eq(s, &entry)) {
+            return;
+        }
+        if slabs.len() >= 32 {
+            slabs.retain(|s| Arc::strong_count(s) > 2);
+        }
+        if let Some(eventfd) = entry.own.get(self.bell) {
+            watch(&self.set, eventfd, 0);
+        }
+        slabs.push(entry);
+    }
+
+    /// The descriptor to poll beside the application's.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.set.as_fd()
+    }
+
+    /// Takes the edges that have fired.
+    pub fn settle(&self) {
+        let mut events = [std::mem::MaybeUninit::uninit(); 16];
+        let zero = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let _ = epoll::wait(&self.set, &mut events, Some(&zero));
+    }
+}
+
+/// Nanoseconds of the monotonic clock.
+pub fn clock() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}

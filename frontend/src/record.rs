@@ -1,0 +1,213 @@
+//! Connection records: the shared state of one endpoint, in memory that the agent creates and maps, and that each
+//! process of the program maps too. Whoever holds a direction's lock owns its lane state; a lock whose owner died is
+//! taken over.
+
+use crate::lane::rx::RxState;
+use crate::lane::tx::TxState;
+use std::cell::UnsafeCell;
+use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+/// Records in one program's memory; a program with more connections on lanes keeps the rest on TCP.
+pub const RECORDS: u32 = 16384;
+
+/// What is visible without a lock about an endpoint's directions, as bits of [`Record::status`].
+pub mod status {
+    /// The receiver stands at S: readable means ring bytes.
+    pub const RX_RING: u32 = 1;
+    /// A generation is open at the receiver: a stay may be announced.
+    pub const RX_OPEN: u32 = 2;
+    /// What an ended stay left in the ring is still to be read.
+    pub const RX_RESIDUE: u32 = 4;
+    /// The sender is on the ring.
+    pub const TX_RING: u32 = 8;
+    /// The sender is draining.
+    pub const TX_DRAINING: u32 = 16;
+    /// The receiver has seen the end of the stream.
+    pub const RX_EOF: u32 = 32;
+    /// The connection was aborted: errors from now on.
+    pub const BROKEN: u32 = 64;
+    /// The sender was shut for writing.
+    pub const TX_SHUT: u32 = 128;
+    /// All bits that belong to the receiver's state.
+    pub const RX_STATE: u32 = RX_RING | RX_OPEN | RX_RESIDUE;
+    /// All bits that belong to the sender's state.
+    pub const TX_STATE: u32 = TX_RING | TX_DRAINING;
+}
+
+/// A robust lock around one direction's state.
+#[repr(C, align(64))]
+pub struct Locked<T> {
+    mutex: UnsafeCell<MaybeUninit<libc::pthread_mutex_t>>,
+    state: UnsafeCell<T>,
+}
+
+// SAFETY: the state is reached only through a guard, which holds the process-shared mutex.
+unsafe impl<T: Send> Sync for Locked<T> {}
+
+/// The lock could not be had.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LockError {
+    /// This thread holds it already: a signal handler came in between.
+    Reentered,
+    /// The record is garbled.
+    Garbled,
+}
+
+/// Access to a direction's state.
+pub struct Guard<'a, T> {
+    lock: &'a Locked<T>,
+    /// The owner before died with the lock held: the state may be behind the kernel.
+    pub recovered: bool,
+}
+
+impl<T: Copy> Locked<T> {
+    /// Makes the lock and its state anew. The record must not be in use.
+    pub fn init(&self, state: T) {
+        // SAFETY: nobody else uses the record while the agent hands it out; the memory is valid for the mutex and the
+        // attributes are initialised before they are used.
+        unsafe {
+            let mut attr = MaybeUninit::<libc::pthread_mutexattr_t>::zeroed();
+            libc::pthread_mutexattr_init(attr.as_mut_ptr());
+            libc::pthread_mutexattr_setpshared(attr.as_mut_ptr(), libc::PTHREAD_PROCESS_SHARED);
+            libc::pthread_mutexattr_setrobust(attr.as_mut_ptr(), libc::PTHREAD_MUTEX_ROBUST);
+            libc::pthread_mutexattr_settype(attr.as_mut_ptr(), libc::PTHREAD_MUTEX_ERRORCHECK);
+            *self.mutex.get() = MaybeUninit::zeroed();
+            libc::pthread_mutex_init(self.mutex.get().cast(), attr.as_ptr());
+            *self.state.get() = state;
+        }
+    }
+
+    /// Takes the lock. It is never held across a wait in the kernel, so this is short.
+    pub fn lock(&self) -> Result<Guard<'_, T>, LockError> {
+        // SAFETY: the mutex was initialised by `init` before the record was handed out, and lives in mapped memory.
+        let got = unsafe { libc::pthread_mutex_lock(self.mutex.get().cast()) };
+        match got {
+            0 => Ok(Guard { lock: self, recovered: false }),
+            libc::EOWNERDEAD => {
+                // SAFETY: we hold the mutex, in the state that EOWNERDEAD leaves it.
+                unsafe { libc::pthread_mutex_consistent(self.mutex.get().cast()) };
+                Ok(Guard { lock: self, recovered: true })
+            }
+            libc::EDEADLK => Err(LockError::Reentered),
+            _ => Err(LockError::Garbled),
+        }
+    }
+}
+
+impl<T> std::ops::Deref for Guard<'_, T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        // SAFETY: the guard holds the lock.
+        unsafe { &*self.lock.state.get() }
+    }
+}
+
+impl<T> std::ops::DerefMut for Guard<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        // SAFETY: the guard holds the lock, and borrows itself mutably.
+        unsafe { &mut *self.lock.state.get() }
+    }
+}
+
+impl<T> Drop for Guard<'_, T> {
+    fn drop(&mut self) {
+        // SAFETY: this thread holds the mutex.
+        unsafe { libc::pthread_mutex_unlock(self.lock.mutex.get().cast()) };
+    }
+}
+
+/// One endpoint of one connection.
+#[repr(C, align(64))]
+pub struct Record {
+    /// [`status`] bits.
+    pub status: AtomicU32,
+    /// Generation that the agent committed: the sender may switch to it.
+    pub ready: AtomicU32,
+    /// Generations up to this one must be left.
+    pub leave: AtomicU32,
+    /// The lane of the open generation, as `Lane::code`.
+    pub lane: AtomicU32,
+    /// `RxState::off`, for a look without the lock.
+    pub rx_off: AtomicU64,
+    /// `TxState::off`, for a look without the lock.
+    pub tx_off: AtomicU64,
+    /// Bytes sent and received over direct lanes.
+    pub direct: [AtomicU64; 2],
+    /// Bytes sent and received over fabric lanes.
+    pub fabric: [AtomicU64; 2],
+    /// This end did the connect.
+    pub connector: AtomicU32,
+    /// The sender's half.
+    pub tx: Locked<TxState>,
+    /// The receiver's half.
+    pub rx: Locked<RxState>,
+}
+
+/// The start of a program's record memory.
+#[repr(C, align(64))]
+pub struct RecordsHeader {
+    /// Counts the messages that the agent has put into the program's control socket.
+    pub mail: AtomicU32,
+    /// 1 while the agent's watchdog sleeps: who publishes on a fabric lane takes it and rings.
+    pub watchdog: AtomicU32,
+}
+
+/// Bytes of the header before the first record.
+pub const RECORDS_HEADER_LEN: usize = 4096;
+
+impl Record {
+    /// Makes a record anew for a connection that has moved `tx` and `rx` bytes.
+    pub fn init(&self, tx: u64, rx: u64, connector: bool) {
+        self.tx.init(TxState::new(tx));
+        self.rx.init(RxState::new(rx));
+        for word in [&self.status, &self.ready, &self.leave, &self.lane] {
+            word.store(0, Ordering::Relaxed);
+        }
+        for word in self.direct.iter().chain(&self.fabric) {
+            word.store(0, Ordering::Relaxed);
+        }
+        self.connector.store(u32::from(connector), Ordering::Relaxed);
+        self.rx_off.store(rx, Ordering::Relaxed);
+        self.tx_off.store(tx, Ordering::Release);
+    }
+
+    /// Whether any of these [`status`] bits is set.
+    pub fn is(&self, bits: u32) -> bool {
+        self.status.load(Ordering::Acquire) & bits != 0
+    }
+
+    /// Replaces the bits under `mask`.
+    pub fn set_status(&self, mask: u32, bits: u32) {
+        if self.status.load(Ordering::Relaxed) & mask != bits {
+            // Each half's bits are changed only under that half's lock, so two updates do not undo each other.
+            let _ = self.status.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |s| Some(s & !mask | bits));
+        }
+    }
+
+    /// Bytes of a program's record memory.
+    pub const fn memory_len() -> usize {
+        RECORDS_HEADER_LEN + RECORDS as usize * size_of::<Self>()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dead_owners_lock_is_taken_over() {
+        // SAFETY: zeroed atomics and mutexes are valid until `init`.
+        let record: Box<Record> = unsafe { Box::new(MaybeUninit::zeroed().assume_init()) };
+        record.init(5, 6, true);
+        std::thread::scope(|s| {
+            s.spawn(|| std::mem::forget(record.tx.lock()));
+        });
+        let guard = record.tx.lock().unwrap();
+        assert!(guard.recovered);
+        assert_eq!(guard.off, 5);
+        assert_eq!(record.tx.lock().err(), Some(LockError::Reentered));
+        drop(guard);
+        assert!(!record.tx.lock().unwrap().recovered);
+    }
+}

@@ -1,0 +1,82 @@
+//! The variadic functions, which redhook cannot express: stable Rust cannot define them, but on x86-64 and AArch64 Linux
+//! a variadic call passes its first arguments as a plain one does, so a plain definition with the widest argument serves.
+
+use libc::{c_int, c_ulong};
+use std::sync::atomic::{AtomicPtr, Ordering};
+use vsocket_frontend::program::socket;
+
+/// The next function of a name, found once.
+struct Next(AtomicPtr<libc::c_void>, &'static std::ffi::CStr);
+
+impl Next {
+    const fn new(name: &'static std::ffi::CStr) -> Self {
+        Self(AtomicPtr::new(std::ptr::null_mut()), name)
+    }
+
+    fn get(&self) -> *mut libc::c_void {
+        let known = self.0.load(Ordering::Relaxed);
+        if !known.is_null() {
+            return known;
+        }
+        // SAFETY: a look-up by a valid name; the result is a function of libc, which is never unloaded.
+        let found = unsafe { libc::dlsym(libc::RTLD_NEXT, self.1.as_ptr()) };
+        self.0.store(found, Ordering::Relaxed);
+        found
+    }
+}
+
+static FCNTL: Next = Next::new(c"fcntl");
+static FCNTL64: Next = Next::new(c"fcntl64");
+static IOCTL: Next = Next::new(c"ioctl");
+
+type Fcntl = unsafe extern "C" fn(c_int, c_int, ...) -> c_int;
+type Ioctl = unsafe extern "C" fn(c_int, c_ulong, ...) -> c_int;
+
+unsafe fn control(next: &Next, fd: c_int, command: c_int, argument: usize) -> c_int {
+    // SAFETY: the symbol is fcntl or fcntl64, of this type.
+    let real: Fcntl = unsafe { std::mem::transmute(next.get()) };
+    // SAFETY: the application's arguments, handed on.
+    let got = unsafe { real(fd, command, argument) };
+    if got >= 0 {
+        match command {
+            libc::F_SETFL => socket::set_nonblocking(fd, argument as c_int & libc::O_NONBLOCK != 0),
+            libc::F_DUPFD | libc::F_DUPFD_CLOEXEC => socket::duplicated(fd, got),
+            _ => {}
+        }
+    }
+    got
+}
+
+/// `fcntl(2)`: O_NONBLOCK and duplicates.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fcntl(fd: c_int, command: c_int, argument: usize) -> c_int {
+    // SAFETY: handed on.
+    unsafe { control(&FCNTL, fd, command, argument) }
+}
+
+/// `fcntl64`: the name that glibc since 2.28 gives `fcntl` in programs with large files.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fcntl64(fd: c_int, command: c_int, argument: usize) -> c_int {
+    // SAFETY: handed on.
+    unsafe { control(&FCNTL64, fd, command, argument) }
+}
+
+/// `ioctl(2)`: FIONBIO, and what FIONREAD says of a ring.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: usize) -> c_int {
+    let unread = if request == libc::FIONREAD as c_ulong { socket::unread(fd) } else { None };
+    if let (Some(n), true) = (unread, argument != 0) {
+        // SAFETY: FIONREAD's argument is the application's valid pointer to an int.
+        unsafe { *(argument as *mut c_int) = n.min(c_int::MAX as usize) as c_int };
+        return 0;
+    }
+    // SAFETY: the symbol is ioctl, of this type.
+    let real: Ioctl = unsafe { std::mem::transmute(IOCTL.get()) };
+    // SAFETY: the application's arguments, handed on.
+    let got = unsafe { real(fd, request, argument) };
+    if got >= 0 && request == libc::FIONBIO as c_ulong && argument != 0 {
+        // SAFETY: FIONBIO's argument is the application's valid pointer to an int.
+        socket::set_nonblocking(fd, unsafe { *(argument as *const c_int) } != 0);
+    }
+    got
+}
