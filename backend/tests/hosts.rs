@@ -4,12 +4,9 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{Agent, Dir, Prepared, Running, Switch, eventually, two_hosts};
-use vsocket_channel::bell::publish_fence;
-use vsocket_channel::lane::Stay;
-use vsocket_channel::message::{Lane, Message};
+use common::{Agent, Dir, End, Prepared, Running, Switch, eventually, two_hosts};
+use vsocket_channel::message::Message;
 use vsocket_channel::reason::Reason;
-use vsocket_channel::ring::Ring;
 
 const A: &str = "198.51.100.1:4000";
 const C: &str = "198.51.100.3:80";
@@ -33,81 +30,8 @@ impl Lab {
     }
 }
 
-/// One guest's end of a fabric lane, as its program would use it.
-struct End {
-    prepared: Prepared,
-    head: u64,
-    tail: Option<u64>,
-}
-
-impl End {
-    fn new(prepared: Prepared, start: u64) -> Self {
-        assert_eq!(prepared.segment.lane, Lane::Fabric);
-        assert_eq!(prepared.segment.side.index(), 0);
-        let generation = prepared.generation;
-        let end = Self { prepared, head: start, tail: None };
-        assert!(end.directions()[0].publish_stay(Stay { generation, start, escape: 7 }));
-        end.ring_backend();
-        end
-    }
-
-    fn directions(&self) -> &[vsocket_channel::layout::Direction; 2] {
-        &self.prepared.view.header().directions
-    }
-
-    fn ring_backend(&self) {
-        publish_fence();
-        assert_eq!(self.prepared.view.header().waiters[1].mask.load(std::sync::atomic::Ordering::Relaxed), 1);
-        if self.prepared.view.slab().bells[1][0].take() {
-            rustix::io::write(&self.prepared.far[0], &1u64.to_ne_bytes()).unwrap();
-        }
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> usize {
-        let ring = Ring { indices: &self.directions()[0], bytes: &self.prepared.view.rings[0] };
-        let n = ring.space(self.head).unwrap().min(bytes.len());
-        if n > 0 {
-            ring.bytes.put(self.head, &bytes[..n]);
-            ring.publish(self.head + n as u64);
-            self.head += n as u64;
-            self.ring_backend();
-        }
-        n
-    }
-
-    fn read(&mut self, most: usize) -> Vec<u8> {
-        let direction = &self.directions()[1];
-        let Some(stay) = direction.stay(self.prepared.generation) else { return vec![] };
-        let tail = self.tail.unwrap_or(stay.start);
-        let ring = Ring { indices: direction, bytes: &self.prepared.view.rings[1] };
-        let mut got = vec![0; ring.available(tail).unwrap().min(most)];
-        ring.bytes.get(tail, &mut got);
-        ring.release(tail + got.len() as u64);
-        publish_fence();
-        if direction.stay.want_space.swap(0, std::sync::atomic::Ordering::AcqRel) != 0 {
-            self.ring_backend();
-        }
-        self.tail = Some(tail + got.len() as u64);
-        got
-    }
-
-    fn read_exactly(&mut self, len: usize) -> Vec<u8> {
-        let mut got = vec![];
-        eventually("the bytes", || {
-            got.extend(self.read(len - got.len()));
-            got.len() == len
-        });
-        got
-    }
-}
-
 fn pair(a: &Agent, c: &Agent, conn: u64, generation: u32) -> (Prepared, Prepared) {
-    a.open(conn, A, C, generation);
-    c.open(conn, C, A, generation);
-    let (ours, theirs) = (a.prepare(), c.prepare());
-    a.commit(&ours);
-    c.commit(&theirs);
-    (ours, theirs)
+    common::pair(a, c, conn, [A, C], generation)
 }
 
 fn stream(seed: u64, len: usize) -> Vec<u8> {

@@ -13,7 +13,7 @@ use vsocket_channel::reason::Reason;
 use vsocket_vxlan::{Error as VxlanError, PayloadAt, decapsulate};
 
 use crate::fabric::{
-    Access, DomainId, Event, Fabric, LocalRange, MemoryKey, PostError, QpId, RemoteAddress, Signal, WorkId,
+    Access, Disconnect, DomainId, Event, Fabric, LocalRange, MemoryKey, PostError, QpId, RemoteAddress, Signal, WorkId,
 };
 use crate::flow::{Fault, Flow, FlowKey, Heard, Transmit, key_of};
 use crate::metrics::{Named, Traffic};
@@ -29,7 +29,7 @@ pub(super) enum Notice {
     Failed { flow: u64, reason: Reason },
     Quiet { flow: u64 },
     QpUp(QpId),
-    QpDown(QpId),
+    QpDown(QpId, Reason),
 }
 
 /// A flow with what it needs outside itself.
@@ -202,7 +202,7 @@ impl Data {
                 Event::Disconnected { qp, reason } => {
                     tracing::info!(qp = qp.0, reason = reason.name(), "queue pair gone");
                     drops.count("queue-pair-lost");
-                    self.notices.push(Notice::QpDown(qp));
+                    self.notices.push(Notice::QpDown(qp, reason_of(&reason)));
                 }
                 Event::Refused { from, reason } => {
                     tracing::warn!(%from, reason = reason.name(), "stranger at the fabric");
@@ -326,6 +326,14 @@ impl Data {
         self.keys.retain(|(_, domain), _| *domain != pair.domain);
         self.purge(|entry| entry.leaving && entry.qp == qp);
         Some(pair)
+    }
+}
+
+/// A peer whose end is closed has most likely ended; its control connection will say so too.
+fn reason_of(lost: &Disconnect) -> Reason {
+    match lost {
+        Disconnect::PeerClosed | Disconnect::Io(std::io::ErrorKind::ConnectionReset) => Reason::PeerBackendGone,
+        _ => Reason::FabricDown,
     }
 }
 

@@ -253,7 +253,7 @@ impl Daemon {
         }
         if let Some(old) = data.pair(peer, vni) {
             // Who listens has lost the old one.
-            self.pair_gone(old);
+            self.pair_gone(old, Reason::FabricDown);
         }
         let (Some(peers), Some(data)) = (&mut self.peers, &mut self.data) else { return };
         let domain = data.fabric.open_domain();
@@ -273,15 +273,15 @@ impl Daemon {
 
     fn lose_pair(&mut self, peer: u32, vni: u32) {
         if let Some(pair) = self.data.as_ref().and_then(|data| data.pair(peer, vni)) {
-            self.pair_gone(pair);
+            self.pair_gone(pair, Reason::FabricDown);
         }
     }
 
-    fn pair_gone(&mut self, pair: Pair) {
+    fn pair_gone(&mut self, pair: Pair, reason: Reason) {
         let (Some(peers), Some(data)) = (&mut self.peers, &mut self.data) else { return };
         if data.close(pair.qp).is_some() {
             peers.cooling.push((Instant::now() + COOL, pair.peer, pair.vni));
-            self.pairing.handle_qp_down(pair.peer, pair.vni);
+            self.pairing.handle_qp_down(pair.peer, pair.vni, reason);
         }
     }
 
@@ -299,11 +299,11 @@ impl Daemon {
                         self.pairing.handle_qp_up(peer, vni);
                     }
                 }
-                Notice::QpDown(qp) => {
+                Notice::QpDown(qp, reason) => {
                     let pairs = self.data.as_ref().map(|data| &data.pairs);
                     let pair = pairs.and_then(|pairs| pairs.iter().find(|p| p.qp == qp)).copied();
                     if let Some(pair) = pair {
-                        self.pair_gone(pair);
+                        self.pair_gone(pair, reason);
                     }
                 }
             }

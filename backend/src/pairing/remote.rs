@@ -88,9 +88,9 @@ impl Pairing {
     }
 
     /// A queue pair is gone: what it carried is withdrawn, and nobody writes through it any more.
-    pub fn handle_qp_down(&mut self, peer: u32, vni: u32) {
+    pub fn handle_qp_down(&mut self, peer: u32, vni: u32, reason: Reason) {
         self.qps.remove(&(peer, vni));
-        self.quiet_all(peer, Some(vni), Reason::FabricDown);
+        self.quiet_all(peer, Some(vni), reason);
         self.retry_peer(peer);
     }
 

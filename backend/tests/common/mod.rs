@@ -21,7 +21,11 @@ use vsocket_backend::fabric::soft::{Options, Soft};
 use vsocket_backend::operator::ask;
 use vsocket_backend::peer::message::{HostName, PeerMessage};
 use vsocket_backend::slab::{Memory, View};
-use vsocket_channel::message::{MAX_FDS, MESSAGE_LEN, Message, Segment, Tuple};
+use vsocket_channel::bell::publish_fence;
+use vsocket_channel::lane::Stay;
+use vsocket_channel::layout::Direction;
+use vsocket_channel::message::{Lane, MAX_FDS, MESSAGE_LEN, Message, Segment, Tuple};
+use vsocket_channel::ring::Ring;
 
 pub const RING: u32 = 1 << 16;
 
@@ -201,6 +205,84 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
         assert!(Instant::now() < end, "{what}");
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// One guest's end of a fabric lane, as its program would use it.
+pub struct End {
+    pub prepared: Prepared,
+    head: u64,
+    tail: Option<u64>,
+}
+
+impl End {
+    pub fn new(prepared: Prepared, start: u64) -> Self {
+        assert_eq!(prepared.segment.lane, Lane::Fabric);
+        assert_eq!(prepared.segment.side.index(), 0);
+        let generation = prepared.generation;
+        let end = Self { prepared, head: start, tail: None };
+        assert!(end.directions()[0].publish_stay(Stay { generation, start, escape: 7 }));
+        end.ring_backend();
+        end
+    }
+
+    pub fn directions(&self) -> &[Direction; 2] {
+        &self.prepared.view.header().directions
+    }
+
+    pub fn ring_backend(&self) {
+        publish_fence();
+        assert_eq!(self.prepared.view.header().waiters[1].mask.load(Ordering::Relaxed), 1);
+        if self.prepared.view.slab().bells[1][0].take() {
+            rustix::io::write(&self.prepared.far[0], &1u64.to_ne_bytes()).unwrap();
+        }
+    }
+
+    pub fn write(&mut self, bytes: &[u8]) -> usize {
+        let ring = Ring { indices: &self.directions()[0], bytes: &self.prepared.view.rings[0] };
+        let n = ring.space(self.head).unwrap().min(bytes.len());
+        if n > 0 {
+            ring.bytes.put(self.head, &bytes[..n]);
+            ring.publish(self.head + n as u64);
+            self.head += n as u64;
+            self.ring_backend();
+        }
+        n
+    }
+
+    pub fn read(&mut self, most: usize) -> Vec<u8> {
+        let direction = &self.directions()[1];
+        let Some(stay) = direction.stay(self.prepared.generation) else { return vec![] };
+        let tail = self.tail.unwrap_or(stay.start);
+        let ring = Ring { indices: direction, bytes: &self.prepared.view.rings[1] };
+        let mut got = vec![0; ring.available(tail).unwrap().min(most)];
+        ring.bytes.get(tail, &mut got);
+        ring.release(tail + got.len() as u64);
+        publish_fence();
+        if direction.stay.want_space.swap(0, Ordering::AcqRel) != 0 {
+            self.ring_backend();
+        }
+        self.tail = Some(tail + got.len() as u64);
+        got
+    }
+
+    pub fn read_exactly(&mut self, len: usize) -> Vec<u8> {
+        let mut got = vec![];
+        eventually("the bytes", || {
+            got.extend(self.read(len - got.len()));
+            got.len() == len
+        });
+        got
+    }
+}
+
+/// Opens both ends, and answers until both may switch.
+pub fn pair(a: &Agent, c: &Agent, conn: u64, ends: [&str; 2], generation: u32) -> (Prepared, Prepared) {
+    a.open(conn, ends[0], ends[1], generation);
+    c.open(conn, ends[1], ends[0], generation);
+    let (ours, theirs) = (a.prepare(), c.prepare());
+    a.commit(&ours);
+    c.commit(&theirs);
+    (ours, theirs)
 }
 
 /// A control connection between two daemons of one process.
