@@ -509,6 +509,28 @@ fn a_forked_program_ends_with_its_last_process() {
 }
 
 #[test]
+fn a_fork_that_overtakes_its_attach_loses_nothing() {
+    let guest = Guest::new();
+    let backend = Backend::serve(&guest, 1);
+    let parent = Program::attach(&guest, 0);
+    let stay = Stay::begin(&parent, &backend, Lane::Direct);
+    // The agent finds all of this at once, the parent's messages first.
+    let pid = rustix::process::Pid::from_child(&guest.agent);
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    parent.say(Message::Left { conn: 9999, generation: 1 });
+    let carrier = Carrier::connect(&guest.socket()).unwrap();
+    carrier.send(&Message::Attach { pid: 0, inherit: parent.id }, &[]).unwrap();
+    parent.say(Message::Closed { record: stay.record });
+    drop(parent);
+    rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+    assert!(matches!(message(&carrier), Message::Attached { .. }));
+    assert_eq!(guest.ask("ss")[0]["reason"], serde_json::Value::Null, "it is still on its lane");
+    nothing(&backend.carrier, Duration::from_millis(50));
+    drop(carrier);
+    assert_eq!(receive(stay.far(), usize::MAX).unwrap(), b"");
+}
+
+#[test]
 fn what_does_not_agree_with_the_kernel_is_declined() {
     let guest = Guest::new();
     let program = Program::attach(&guest, 0);
