@@ -11,7 +11,7 @@ use clap::{ArgGroup, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::Config;
-use crate::{certs, config, daemon};
+use crate::{certs, config, daemon, operator};
 
 /// The host's daemon: carries accelerated TCP connections between guests, and between hosts.
 #[derive(Debug, Parser)]
@@ -42,6 +42,49 @@ enum Command {
         #[arg(required = true, value_name = "HOST")]
         hosts: Vec<String>,
     },
+    /// Show what a running daemon does.
+    Stat {
+        #[command(flatten)]
+        control: Control,
+
+        /// As JSON, whole.
+        #[arg(long)]
+        json: bool,
+
+        /// Each connection, instead of the totals.
+        #[arg(long)]
+        connections: bool,
+    },
+    /// Move a vport's connections to kernel TCP, and keep them there.
+    Drain {
+        #[command(flatten)]
+        control: Control,
+
+        /// The vport's name.
+        vport: String,
+    },
+    /// Let a drained vport's connections return to their lanes.
+    Undrain {
+        #[command(flatten)]
+        control: Control,
+
+        /// The vport's name.
+        vport: String,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct Control {
+    /// The daemon's control socket; without it VSOCKETD_CONTROL, or /run/vsocket/vsocketd.sock.
+    #[arg(long = "control", value_name = "SOCKET")]
+    path: Option<PathBuf>,
+}
+
+impl Control {
+    fn path(self) -> PathBuf {
+        let named = self.path.or_else(|| std::env::var_os("VSOCKETD_CONTROL").map(PathBuf::from));
+        named.unwrap_or_else(|| PathBuf::from("/run/vsocket/vsocketd.sock"))
+    }
 }
 
 /// What can go wrong, with its cause.
@@ -53,6 +96,8 @@ enum Error {
     Certs(#[from] certs::Error),
     #[error(transparent)]
     Daemon(#[from] daemon::Error),
+    #[error(transparent)]
+    Tool(#[from] operator::ToolError),
 }
 
 /// Does what the arguments say. Errors go to standard error, cause by cause, once.
@@ -73,17 +118,31 @@ pub fn run() -> ExitCode {
 }
 
 fn dispatch(arguments: Arguments) -> Result<(), Error> {
-    if let Some(Command::Certs { out, hosts }) = arguments.command {
-        for file in certs::create(&out, &hosts)? {
-            println!("{}", file.display());
-        }
-        return Ok(());
+    if let Some(command) = arguments.command {
+        return obey(command);
     }
     let Some(file) = arguments.config else { return Ok(()) };
     let config = Config::load(&file)?;
     if !arguments.check {
         log();
         daemon::run(config)?;
+    }
+    Ok(())
+}
+
+fn obey(command: Command) -> Result<(), Error> {
+    match command {
+        Command::Certs { out, hosts } => {
+            for file in certs::create(&out, &hosts)? {
+                println!("{}", file.display());
+            }
+        }
+        Command::Stat { control, json, connections } => {
+            let answer = operator::stat(&control.path(), connections)?;
+            println!("{}", if json { answer.to_string() } else { operator::as_text(&answer) });
+        }
+        Command::Drain { control, vport } => operator::drain(&control.path(), &vport, true)?,
+        Command::Undrain { control, vport } => operator::drain(&control.path(), &vport, false)?,
     }
     Ok(())
 }
@@ -118,6 +177,11 @@ mod tests {
         assert!(parse(&[]).is_err());
         assert!(parse(&["--check"]).is_err());
         assert!(parse(&["certs", "--out", "d"]).is_err());
+        assert!(parse(&["stat", "--control", "s", "--json"]).is_ok_and(|a| a.command.is_some()));
+        assert!(parse(&["stat", "--connections"]).is_ok());
+        assert!(parse(&["drain", "--control", "s", "a"]).is_ok());
+        assert!(parse(&["undrain", "a"]).is_ok());
+        assert!(parse(&["drain"]).is_err());
         assert!(parse(&["--config", "f", "certs", "--out", "d", "h1"]).is_err());
     }
 }
