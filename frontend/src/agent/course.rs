@@ -24,6 +24,9 @@ const PROVEN: Duration = Duration::from_secs(10);
 /// First pause after a failure that has a pause.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// A program that was busy is certainly asked again after this.
+const BUSY: Duration = Duration::from_secs(1);
+
 /// Where a connection stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Stage {
@@ -216,11 +219,8 @@ impl Course {
             Reason::Untrackable | Reason::NotEstablished | Reason::Ending | Reason::Unsupported => {
                 self.spent = true;
             }
-            // The backend asks again by itself, for a while.
-            Reason::Busy => {
-                self.rest(Duration::from_secs(5), now);
-                self.due = self.due.max(Some(now + Duration::from_secs(1)));
-            }
+            // The backend asks again by itself, for a while; this is for when it has given up.
+            Reason::Busy => self.due = Some(now + BUSY),
             _ => self.rest(Duration::from_secs(5), now),
         }
         Some(Act::TellRefused(generation, reason))
@@ -340,6 +340,7 @@ fn patience(reason: Reason) -> Duration {
         | Reason::PeerBackendGone
         | Reason::PeerLeft
         | Reason::Drained
+        | Reason::Busy
         | Reason::NotAnswering => Duration::from_millis(200),
         _ => Duration::from_secs(5),
     }
@@ -460,6 +461,18 @@ mod tests {
             now = course.due().unwrap();
         }
         assert_eq!(pauses, [0, 0, 100, 200, 400, 800, 1600, 3200, 5000, 0]);
+    }
+
+    #[test]
+    fn a_busy_program_is_asked_again_without_being_blamed() {
+        let now = Instant::now();
+        let mut course = Course::new(now);
+        course.open(1, now);
+        for generation in 1..20 {
+            assert_eq!(course.handle_prepare(generation, Lane::Direct, 1), Ok(()), "without an open");
+            course.handle_refused(generation, Reason::Busy, now);
+            assert_eq!(course.due(), Some(now + BUSY));
+        }
     }
 
     #[test]

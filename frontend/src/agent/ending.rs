@@ -89,17 +89,14 @@ fn begin(endpoint: &Endpoint<'_>, now: Instant) -> Step {
     if rustix::net::sockopt::socket_linger(endpoint.anchor) == Ok(Some(Duration::ZERO)) {
         return Step::Abort;
     }
-    if matches!(unread(endpoint, true), Ok(1..)) {
-        return Step::Abort;
-    }
     if let Some(bound) = endpoint.bound {
         endpoint.close_unopened(bound.generation);
         bound.rx().indices.reader.closed.store(1, Ordering::Release);
         bound.ring_far();
-        // What was put on the ring before its sender could see that.
-        if matches!(unread(endpoint, true), Ok(1..)) {
-            return Step::Abort;
-        }
+    }
+    // After the sender was told, so that nothing can slip in between.
+    if matches!(unread(endpoint, true), Ok(1..)) {
+        return Step::Abort;
     }
     Step::Go(Ending::Holding(now + HOLDING_MOST))
 }

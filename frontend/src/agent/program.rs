@@ -10,7 +10,7 @@ use crate::kernel;
 use crate::record::RECORDS;
 use mio::Interest;
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::net::sockopt::{socket_cookie, socket_peercred};
+use rustix::net::sockopt::socket_cookie;
 use std::io;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -51,12 +51,11 @@ impl Agent {
     }
 
     fn welcome_holder(&mut self, carrier: Carrier) {
-        let Ok(peer) = socket_peercred(&carrier) else { return };
+        let Ok((pid, uid)) = kernel::peer_credentials(&carrier) else { return };
         let id = self.registry.number();
         if self.add(&carrier, Kind::Holder, id, Interest::READABLE | Interest::WRITABLE).is_err() {
             return;
         }
-        let (pid, uid) = (peer.pid.as_raw_nonzero().get(), peer.uid.as_raw());
         let holder = Holder { post: Post::new(carrier), pid, uid, program: None };
         self.registry.holders.insert(id, holder);
         self.handle_holder_ready(id);
