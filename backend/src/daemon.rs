@@ -273,7 +273,7 @@ impl Daemon {
     fn move_bytes(&mut self) -> bool {
         let Some(data) = &mut self.data else { return false };
         // Also a backend that never rests acknowledges everything within moments.
-        let worked = data.pass(&mut self.metrics.drops, self.passes % 64 == 0);
+        let worked = data.pass(&mut self.metrics.drops, self.passes.is_multiple_of(64));
         self.take_notices();
         worked
     }
