@@ -13,6 +13,7 @@ use rustix::fd::BorrowedFd;
 use rustix::io::{Errno, IoSlice, IoSliceMut};
 use rustix::net::{RecvFlags, SendFlags};
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 use vsocket_channel::lane::REWIND_LEN;
 use vsocket_channel::message::Lane;
 use vsocket_channel::reason::Reason;
@@ -33,33 +34,69 @@ pub struct Endpoint<'a> {
     pub watchdog: Option<(&'a RecordsHeader, BorrowedFd<'a>)>,
 }
 
-/// What came of an attempt to switch.
-enum Switch {
-    /// Not now.
-    Stay,
-    /// The sender is on the ring.
-    Switched,
-    /// The generation was closed; this many bytes were accepted, and drain.
-    Refused(usize),
-}
-
 fn slices_len(bufs: &[IoSlice<'_>]) -> usize {
     bufs.iter().map(|b| b.len()).sum()
 }
 
 impl Endpoint<'_> {
+    /// Whether both locks can be had within `most` each: their owner may be stopped, and who serves others must not wait
+    /// for it.
+    pub fn responds_within(&self, most: Duration) -> bool {
+        let tx = self.record.tx.lock_within(most).map(|mut tx| self.recover_tx(&mut tx));
+        let rx = self.record.rx.lock_within(most).map(|mut rx| self.recover_rx(&mut rx));
+        !matches!(tx, Err(LockError::Busy)) && !matches!(rx, Err(LockError::Busy))
+    }
+
     fn lock_tx(&self) -> Result<Guard<'_, TxState>> {
         let mut tx = self.record.tx.lock().map_err(lock_errno)?;
+        self.recover_tx(&mut tx);
+        Ok(tx)
+    }
+
+    fn recover_tx(&self, tx: &mut Guard<'_, TxState>) {
         if tx.recovered {
             let connector = self.record.connector.load(Ordering::Relaxed) != 0;
             let known = kernel::counters(self.anchor, connector).ok().flatten();
             let done = known.ok_or(Violation::Counters).and_then(|c| tx.recover(c.tx));
-            self.settle_tx(&tx);
+            if let (Ok(Phase::Ring), Some(bound)) = (tx.phase(), self.bound_for(tx.generation)) {
+                // What was accepted is in the ring's memory; the owner may have died before it said so, or before it
+                // announced the stay: so the stay ends.
+                bound.tx().publish(tx.off);
+                self.record.leave.fetch_max(tx.generation, Ordering::AcqRel);
+                bound.ring_far();
+            }
+            self.settle_tx(tx);
             if done.is_err() {
                 self.break_off();
             }
         }
-        Ok(tx)
+    }
+
+    fn lock_rx(&self) -> Result<Guard<'_, RxState>> {
+        let mut rx = self.record.rx.lock().map_err(lock_errno)?;
+        self.recover_rx(&mut rx);
+        Ok(rx)
+    }
+
+    fn recover_rx(&self, rx: &mut Guard<'_, RxState>) {
+        if rx.recovered {
+            let connector = self.record.connector.load(Ordering::Relaxed) != 0;
+            let known = kernel::counters(self.anchor, connector).ok().flatten();
+            match known.ok_or(Violation::Counters).and_then(|c| rx.recover(c.rx)) {
+                Ok(untaken) => {
+                    // It recorded a frame and died before it took it.
+                    let mut frame = [0; REWIND_LEN];
+                    let _ = recv_anchor(self.anchor, &mut frame[..untaken as usize], RecvFlags::empty());
+                    if let (Source::Ring { generation }, Some(bound)) = (rx.source(), self.bound) {
+                        if bound.generation == generation {
+                            bound.rx().release(rx.off);
+                        }
+                    }
+                }
+                Err(_) => self.break_off(),
+            }
+            self.settle_rx(rx);
+        }
     }
 
     fn bound_for(&self, generation: u32) -> Option<&Bound> {
@@ -119,10 +156,8 @@ impl Endpoint<'_> {
             }
             match tx.phase().map_err(|v| self.violated(v))? {
                 Phase::Anchor => {
-                    match if len > 0 { self.try_switch(&mut tx, bufs)? } else { Switch::Stay } {
-                        Switch::Switched => continue,
-                        Switch::Refused(n) => return Ok(n),
-                        Switch::Stay => {}
+                    if let Some(n) = if len > 0 { self.try_switch(&mut tx, bufs)? } else { None } {
+                        return Ok(n);
                     }
                     let n = send_anchor(self.anchor, bufs, flags)?;
                     tx.sent_raw(n as u64);
@@ -145,7 +180,7 @@ impl Endpoint<'_> {
         }
     }
 
-    fn send_ring(&self, tx: &mut TxState, bufs: &[IoSlice<'_>], len: usize) -> Result<usize> {
+    fn send_ring(&self, tx: &mut Guard<'_, TxState>, bufs: &[IoSlice<'_>], len: usize) -> Result<usize> {
         let Some(bound) = self.bound_for(tx.generation) else { return Err(self.violated(Violation::Phase)) };
         let ring = bound.tx();
         if ring.indices.reader.closed.load(Ordering::Relaxed) != 0 {
@@ -171,6 +206,8 @@ impl Endpoint<'_> {
             }
         }
         tx.sent_ring(done as u64);
+        // Recorded, then shown: the head of who dies between must not be ahead of the record.
+        tx.commit();
         ring.publish(tx.off);
         self.record.tx_off.store(tx.off, Ordering::Relaxed);
         self.count(0, bound.lane, done);
@@ -193,49 +230,56 @@ impl Endpoint<'_> {
         }
     }
 
-    /// Switches to the committed generation, if there is one and the kernel agrees on the offset.
-    fn try_switch(&self, tx: &mut TxState, bufs: &[IoSlice<'_>]) -> Result<Switch> {
+    /// Switches to the committed generation, if there is one and the kernel agrees on the offset, and says how many bytes
+    /// the ring took.
+    fn try_switch(&self, tx: &mut Guard<'_, TxState>, bufs: &[IoSlice<'_>]) -> Result<Option<usize>> {
         let ready = self.record.ready.load(Ordering::Acquire);
         if ready <= tx.generation || ready <= self.record.leave.load(Ordering::Acquire) {
-            return Ok(Switch::Stay);
+            return Ok(None);
         }
-        let Some(bound) = self.bound_for(ready) else { return Ok(Switch::Stay) };
+        let Some(bound) = self.bound_for(ready) else { return Ok(None) };
         let connector = self.record.connector.load(Ordering::Relaxed) != 0;
         match kernel::counters(self.anchor, connector) {
             Ok(Some(c)) if c.established && c.tx == tx.wire => {}
-            Ok(None) => return Ok(Switch::Stay),
+            Ok(None) => return Ok(None),
             _ => {
                 // Bytes moved that we did not see: this generation is not for us.
                 self.record.leave.fetch_max(ready, Ordering::AcqRel);
-                return Ok(Switch::Stay);
+                return Ok(None);
             }
         }
-        let Some(first) = bufs.iter().find_map(|b| b.first()) else { return Ok(Switch::Stay) };
+        let Some(first) = bufs.iter().find_map(|b| b.first()) else { return Ok(None) };
         let stay = tx.switch(ready, *first);
-        if bound.tx().indices.publish_stay(stay) {
+        let ring = bound.tx();
+        let mut done = 0;
+        for buf in bufs {
+            let n = buf.len().min(ring.bytes.len() - done);
+            ring.bytes.put(tx.off.wrapping_add(done as u64), &buf[..n]);
+            done += n;
+        }
+        // These bytes are accepted before anyone can see the stay: so the byte at S is settled, whichever way it travels.
+        tx.sent_ring(done as u64);
+        tx.commit();
+        if ring.indices.publish_stay(stay) {
             if bound.lane == Lane::Direct {
                 tx.confirm();
             }
+            ring.publish(tx.off);
             self.settle_tx(tx);
-            return Ok(Switch::Switched);
+            self.count(0, bound.lane, done);
+            bound.ring_far();
+            self.wake_watchdog(bound);
+        } else {
+            // The receiver had closed the generation: the stay is cancelled, and what it took drains from the ring.
+            self.record.leave.fetch_max(ready, Ordering::AcqRel);
+            self.seal(tx)?;
+            self.pump(tx)?;
         }
-        // The receiver had closed the generation. It may have seen the stay all the same, so the byte at S is settled
-        // before the stay is cancelled: these bytes are accepted, and drained from the ring's memory.
-        self.record.leave.fetch_max(ready, Ordering::AcqRel);
-        let mut done = 0;
-        for buf in bufs {
-            let n = buf.len().min(bound.tx().bytes.len() - done);
-            bound.tx().bytes.put(tx.off.wrapping_add(done as u64), &buf[..n]);
-            done += n;
-        }
-        tx.sent_ring(done as u64);
-        self.seal(tx)?;
-        self.pump(tx)?;
-        Ok(Switch::Refused(done))
+        Ok(Some(done))
     }
 
     /// Seals the stay and begins to drain.
-    fn seal(&self, tx: &mut TxState) -> Result<()> {
+    fn seal(&self, tx: &mut Guard<'_, TxState>) -> Result<()> {
         let Some(bound) = self.bound_for(tx.generation) else { return Err(self.violated(Violation::Phase)) };
         let direction = bound.tx().indices;
         let (confirmed, acknowledged) = match bound.lane {
@@ -246,6 +290,7 @@ impl Endpoint<'_> {
             _ => (false, tx.off),
         };
         tx.seal(confirmed, acknowledged).map_err(|v| self.violated(v))?;
+        tx.commit();
         direction.stay.sealed.store(1, Ordering::Release);
         bound.ring_far();
         self.settle_tx(tx);
@@ -326,10 +371,13 @@ impl Endpoint<'_> {
     pub fn recv(&self, bufs: &mut [IoSliceMut<'_>], peek: bool, look: bool) -> Result<usize> {
         let mut ended = 0;
         let got = {
-            let mut rx = self.record.rx.lock().map_err(lock_errno)?;
+            let mut rx = self.lock_rx()?;
             let got = self.recv_locked(&mut rx, bufs, peek, look, &mut ended);
             self.settle_rx(&rx);
-            got
+            // A socket that was aborted here is not connected any more; the application knows only of the reset.
+            got.map_err(|e| {
+                if e == Errno::NOTCONN && self.record.is(status::BROKEN) { Errno::CONNRESET } else { e }
+            })
         };
         if ended != 0 {
             // The sender across has left: so do we, so that both can come back together.
@@ -341,7 +389,7 @@ impl Endpoint<'_> {
     /// The anchor has something to say: looks whether the stay has ended.
     pub fn attend(&self) {
         let mut ended = 0;
-        if let Ok(mut rx) = self.record.rx.lock() {
+        if let Ok(mut rx) = self.lock_rx() {
             self.learn(&mut rx);
             if let (Source::Ring { generation }, Some(bound)) = (rx.source(), self.bound) {
                 if bound.generation == generation && bound.rx().available(rx.off) == Ok(0) {
@@ -357,7 +405,7 @@ impl Endpoint<'_> {
 
     fn recv_locked(
         &self,
-        rx: &mut RxState,
+        rx: &mut Guard<'_, RxState>,
         bufs: &mut [IoSliceMut<'_>],
         peek: bool,
         look: bool,
@@ -405,7 +453,7 @@ impl Endpoint<'_> {
 
     fn take_ring(
         &self,
-        rx: &mut RxState,
+        rx: &mut Guard<'_, RxState>,
         bound: &Bound,
         bufs: &mut [IoSliceMut<'_>],
         ready: usize,
@@ -425,6 +473,7 @@ impl Endpoint<'_> {
             return done;
         }
         rx.took_ring(done as u64);
+        rx.commit();
         self.count(1, bound.lane, done);
         if rx.generation == bound.generation {
             ring.release(rx.off);
@@ -442,7 +491,7 @@ impl Endpoint<'_> {
     }
 
     /// At S with the ring drained: what does the anchor say? The generation that has ended, if one has.
-    fn judge(&self, rx: &mut RxState, bound: &Bound) -> Result<Option<u32>> {
+    fn judge(&self, rx: &mut Guard<'_, RxState>, bound: &Bound) -> Result<Option<u32>> {
         let mut frame = [0; REWIND_LEN];
         let peeked = recv_anchor(self.anchor, &mut frame, RecvFlags::PEEK);
         // The ring may have been filled before the anchor was written: its index counts only if read after the peek.
@@ -468,6 +517,8 @@ impl Endpoint<'_> {
             Verdict::Wait => return Err(Errno::AGAIN),
             Verdict::Cancelled => {}
             Verdict::Rewound => {
+                // The verdict is stored, then the frame is taken.
+                rx.commit();
                 let _ = recv_anchor(self.anchor, &mut frame, RecvFlags::empty());
             }
         }
@@ -477,7 +528,7 @@ impl Endpoint<'_> {
 
     fn take_raw(
         &self,
-        rx: &mut RxState,
+        rx: &mut Guard<'_, RxState>,
         bufs: &mut [IoSliceMut<'_>],
         limit: u64,
         peek: bool,
@@ -496,7 +547,7 @@ impl Endpoint<'_> {
     /// Raw bytes while a stay may be announced, or while some of them must be dropped. `None`: look again.
     fn take_guarded(
         &self,
-        rx: &mut RxState,
+        rx: &mut Guard<'_, RxState>,
         bufs: &mut [IoSliceMut<'_>],
         peek: bool,
     ) -> Result<Option<usize>> {
@@ -548,7 +599,7 @@ impl Endpoint<'_> {
 
     /// Looks for an announced stay, so that [`Endpoint::readable`] can say more.
     pub fn refresh(&self) {
-        if let Ok(mut rx) = self.record.rx.lock() {
+        if let Ok(mut rx) = self.lock_rx() {
             self.learn(&mut rx);
             self.settle_rx(&rx);
         }
@@ -576,8 +627,8 @@ impl Endpoint<'_> {
                 return None;
             }
         }
-        let ready = direction.head.head.load(Ordering::Acquire) != self.record.rx_off.load(Ordering::Relaxed);
-        Some(ready || direction.stay.sealed.load(Ordering::Relaxed) != 0)
+        // That the sender has sealed is no readiness: the anchor will say how the stream goes on.
+        Some(direction.head.head.load(Ordering::Acquire) != self.record.rx_off.load(Ordering::Relaxed))
     }
 
     /// Whether the ring has room (a quarter of it), without a lock. `None`: the anchor decides.
@@ -614,7 +665,7 @@ impl Endpoint<'_> {
             return Err(Reason::Ending);
         }
         let tx = self.lock_tx().map_err(|_| Reason::Busy)?;
-        let mut rx = self.record.rx.lock().map_err(|_| Reason::Busy)?;
+        let mut rx = self.lock_rx().map_err(|_| Reason::Busy)?;
         if tx.phase() != Ok(Phase::Anchor) || tx.generation >= generation {
             return Err(Reason::Busy);
         }
@@ -637,7 +688,7 @@ impl Endpoint<'_> {
 
     /// Closes the open generation if no stay was announced in it: it will not be committed, or the host has withdrawn it.
     pub fn close_unopened(&self, generation: u32) {
-        let Ok(mut rx) = self.record.rx.lock() else { return };
+        let Ok(mut rx) = self.lock_rx() else { return };
         if rx.generation == generation && !rx.knows_stay() {
             if let Some(bound) = self.bound_for(generation) {
                 if bound.rx().indices.close_unopened(generation) {
@@ -659,7 +710,7 @@ impl Endpoint<'_> {
 fn lock_errno(error: LockError) -> Errno {
     match error {
         // A signal handler inside our own call on the same socket: it must not wait for the code it interrupted.
-        LockError::Reentered => Errno::AGAIN,
+        LockError::Reentered | LockError::Busy => Errno::AGAIN,
         LockError::Garbled => Errno::CONNRESET,
     }
 }

@@ -8,6 +8,7 @@
 //! with the decision in `vsocket_frontend::program`.
 #![allow(clippy::missing_safety_doc, non_camel_case_types)]
 
+#[cfg(not(test))]
 #[macro_use]
 extern crate redhook;
 

@@ -4,6 +4,7 @@
 use super::conn::{Conn, ConnRef, Shared};
 use super::epoll;
 use super::table::{self, Slot};
+use super::wait;
 use crate::carrier::{Carrier, Packet};
 use crate::kernel;
 use crate::memory::{Bound, Records, Slab};
@@ -104,8 +105,14 @@ pub fn open(fd: i32, slot: &'static Slot) {
         return;
     }
     client.read();
-    if slot.phase.load(Ordering::Relaxed) <= table::WANTED && slot.inside() == 0 && client.attach() {
+    if slot.phase.load(Ordering::Relaxed) > table::WANTED || slot.inside() > 0 {
+        return;
+    }
+    if client.attach() {
         client.track(fd, slot);
+    } else if client.carrier.is_none() {
+        // No agent: plain calls, until the next time it is tried.
+        slot.phase.store(table::COUNTED, Ordering::Release);
     }
 }
 
@@ -256,12 +263,18 @@ impl Client {
             // Before reading: a message that arrives meanwhile leaves the two different.
             SEEN.store(counter.load(Ordering::Acquire), Ordering::Relaxed);
         }
+        let mut changed = false;
         while let Some(carrier) = &self.carrier {
             match carrier.recv() {
                 Ok(Some(packet)) => self.handle(packet),
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
-                Ok(None) | Err(_) => return self.lost_agent(),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
+                Ok(None) | Err(_) => self.lost_agent(),
             }
+            changed = true;
+        }
+        if changed {
+            // Who sleeps knows neither the new segments nor their doorbells.
+            wait::kick();
         }
     }
 
@@ -358,17 +371,17 @@ impl Client {
         let Some(bound) = Bound::new(generation, segment, entry.slab.clone(), entry.far.clone()) else {
             return refuse(self, Reason::NoMemory);
         };
+        // Until it is prepared there is nothing to leave.
+        held.left.store(generation, Ordering::Release);
         held.bind(bound, entry);
         match held.endpoint().prepare(generation) {
             Ok(()) => {
+                held.left.store(0, Ordering::Release);
                 epoll::bound(&held);
                 let anchor = held.anchor();
                 self.tell(&Message::Prepared { conn, generation }, &[anchor]);
             }
-            Err(reason) => {
-                held.left.store(generation, Ordering::Relaxed);
-                refuse(self, reason);
-            }
+            Err(reason) => refuse(self, reason),
         }
     }
 

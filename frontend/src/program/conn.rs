@@ -177,15 +177,15 @@ impl ConnRef {
         }
     }
 
-    /// Gives the reference to the table.
-    pub fn into_table(self) -> *mut Conn {
-        let pointer = std::ptr::from_ref(self.0).cast_mut();
+    /// Gives the reference to a place in the table, which is empty.
+    pub fn put(self, place: &AtomicPtr<Conn>) {
+        place.store(std::ptr::from_ref(self.0).cast_mut(), Ordering::Release);
         std::mem::forget(self);
-        pointer
     }
 
     /// Takes the table's reference back.
-    pub fn from_table(pointer: *mut Conn) -> Option<Self> {
+    pub fn take(place: &AtomicPtr<Conn>) -> Option<Self> {
+        let pointer = place.swap(std::ptr::null_mut(), Ordering::AcqRel);
         // SAFETY: connection objects are never freed, and the table held a reference.
         unsafe { pointer.as_ref() }.map(Self)
     }

@@ -27,6 +27,9 @@ const TOKEN: u64 = 0xd35a_9e1c_0000_0000;
 const TOKEN_MASK: u64 = 0xffff_ffff_0000_0000;
 const NO_FD: u64 = 0xffff_ffff;
 
+/// The real wait on a set.
+type Real<'a> = &'a mut dyn FnMut(&mut [libc::epoll_event], Option<Timespec>) -> Result<usize, Errno>;
+
 /// What the application asked for.
 #[derive(Clone, Copy)]
 struct Interest {
@@ -208,6 +211,7 @@ impl EpollSet {
         if let Some(control) = client::control() {
             self.ours.store(true, Ordering::Release);
             wait::watch(self.as_fd(), control, TOKEN | NO_FD);
+            wait::watch_kick(self.as_fd(), TOKEN | NO_FD);
         }
     }
 
@@ -390,15 +394,18 @@ impl Hot {
         let concerns = u32::from(wanted.intersects(PollFlags::IN | PollFlags::RDHUP | PollFlags::PRI))
             | u32::from(wanted.contains(PollFlags::OUT)) << 1;
         let draining = self.conn.record().is(status::TX_DRAINING);
-        if asking && ready.is_empty() && (edge & concerns != 0 || draining) {
+        if asking && (edge & concerns != 0 || draining) {
             // Cleared first: an edge that comes while the kernel is asked stays.
             self.conn.kernel_in.store(0, Ordering::Release);
             self.conn.kernel_out.store(0, Ordering::Release);
             ready = poll::events_now(&self.conn, wanted);
-            if ready.contains(PollFlags::IN) || ready.intersects(PollFlags::HUP | PollFlags::ERR) {
+            // What the anchor had, it may still have at the next look; what a ring has, the ring says.
+            let record = self.conn.record();
+            let broken = ready.intersects(PollFlags::HUP | PollFlags::ERR);
+            if broken || (ready.contains(PollFlags::IN) && !record.is(status::RX_RING)) {
                 self.conn.kernel_in.store(1, Ordering::Release);
             }
-            if ready.contains(PollFlags::OUT) {
+            if ready.contains(PollFlags::OUT) && !record.is(status::TX_RING) {
                 self.conn.kernel_out.store(1, Ordering::Release);
             }
         }
@@ -450,7 +457,7 @@ impl EpollSet {
         out: &mut [libc::epoll_event],
         timeout: Option<Duration>,
         deadline: Option<Instant>,
-        real: &mut dyn FnMut(&mut [libc::epoll_event], Option<Timespec>) -> Result<usize, Errno>,
+        real: Real<'_>,
     ) -> Result<usize, Errno> {
         let zero = Some(Timespec { tv_sec: 0, tv_nsec: 0 });
         loop {
@@ -496,21 +503,19 @@ impl EpollSet {
     fn look(
         &self,
         out: &mut [libc::epoll_event],
-        real: &mut dyn FnMut(&mut [libc::epoll_event], Option<Timespec>) -> Result<usize, Errno>,
+        real: Real<'_>,
         zero: Option<Timespec>,
     ) -> Result<usize, Errno> {
         let Ok(mut inner) = self.inner.lock() else { return Err(Errno::INTR) };
-        let mut n = self.harvest(&mut inner, out, false);
-        if n == out.len() || (n > 0 && !self.kernels_turn()) {
-            return Ok(n);
+        if !self.kernels_turn() {
+            let n = self.harvest(&mut inner, out, false);
+            if n > 0 {
+                return Ok(n);
+            }
         }
-        let got = real(&mut out[n..], zero)?;
-        let kept = self.sift(&mut inner, &mut out[n..], got);
-        n += kept;
-        if n == kept {
-            n += self.harvest(&mut inner, &mut out[n..], true);
-        }
-        Ok(n)
+        let got = real(out, zero)?;
+        let n = self.sift(&mut inner, out, got);
+        Ok(n + self.harvest(&mut inner, &mut out[n..], true))
     }
 
     fn kernels_turn(&self) -> bool {
@@ -526,7 +531,7 @@ impl EpollSet {
     fn spin(
         &self,
         out: &mut [libc::epoll_event],
-        real: &mut dyn FnMut(&mut [libc::epoll_event], Option<Timespec>) -> Result<usize, Errno>,
+        real: Real<'_>,
         zero: Option<Timespec>,
     ) -> Result<usize, Errno> {
         let Ok(inner) = self.inner.lock() else { return Ok(0) };

@@ -26,7 +26,8 @@ impl Inside {
         let Self(slot, fd, direction) = self;
         slot.leave();
         slot.count(direction, n.max(0) as u64);
-        if client::worth_it(slot) {
+        // Not after an error: errno is the application's.
+        if n > 0 && client::worth_it(slot) {
             slot.phase.store(table::WANTED, Ordering::Release);
             client::open(fd, slot);
         }

@@ -95,8 +95,7 @@ impl Slot {
     pub fn forget(&self) -> Option<ConnRef> {
         self.phase.store(NONE, Ordering::Relaxed);
         self.nonblock.store(0, Ordering::Relaxed);
-        let conn = self.conn.swap(std::ptr::null_mut(), Ordering::AcqRel);
-        ConnRef::from_table(conn)
+        ConnRef::take(&self.conn)
     }
 
     /// This end did the connect.
@@ -134,7 +133,7 @@ impl Slot {
 
     /// Puts a connection object into the slot, which takes over the reference.
     pub fn hold(&self, conn: ConnRef) {
-        self.conn.store(conn.into_table(), Ordering::Release);
+        conn.put(&self.conn);
         self.phase.store(HELD, Ordering::Release);
     }
 

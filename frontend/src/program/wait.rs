@@ -9,7 +9,7 @@ use crate::memory::Bound;
 use rustix::event::epoll;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 use vsocket_channel::layout::BELLS;
 
@@ -118,6 +118,32 @@ pub fn learn(spin: &AtomicU32, paid: bool) {
     }
 }
 
+/// Wakes every sleeping thread and set of this process. Watched edge-triggered, so it is never drained.
+static KICK: OnceLock<Option<OwnedFd>> = OnceLock::new();
+
+fn kick_fd() -> Option<&'static OwnedFd> {
+    let make = || {
+        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
+        let fd = rustix::event::eventfd(0, flags).ok()?;
+        Some(rustix::io::fcntl_dupfd_cloexec(&fd, 900).unwrap_or(fd))
+    };
+    KICK.get_or_init(make).as_ref()
+}
+
+/// Wakes everybody who sleeps in this process, to look again.
+pub fn kick() {
+    if let Some(fd) = kick_fd() {
+        let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+    }
+}
+
+/// Adds the kick to a set.
+pub fn watch_kick(set: impl AsFd, data: u64) {
+    if let Some(fd) = kick_fd() {
+        watch(set, fd, data);
+    }
+}
+
 /// What a sleeping thread uses.
 pub struct Waiter {
     set: OwnedFd,
@@ -172,6 +198,7 @@ impl Waiter {
     fn new() -> Option<Self> {
         let set = epoll::create(epoll::CreateFlags::CLOEXEC).ok()?;
         let set = rustix::io::fcntl_dupfd_cloexec(&set, 900).unwrap_or(set);
+        watch_kick(&set, 0);
         let bell = assign_bell();
         Some(Self { set, bell, slabs: Mutex::default(), control: AtomicI32::new(-1) })
     }

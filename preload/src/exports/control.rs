@@ -1,7 +1,6 @@
 //! The variadic functions, which redhook cannot express: stable Rust cannot define them, but on x86-64 and AArch64 Linux
 //! a variadic call passes its first arguments as a plain one does, so a plain definition with the widest argument serves.
 
-use crate::args;
 use libc::{c_int, c_ulong};
 use std::sync::atomic::{AtomicPtr, Ordering};
 use vsocket_frontend::program::socket;
@@ -65,13 +64,11 @@ pub unsafe extern "C" fn fcntl64(fd: c_int, command: c_int, argument: usize) -> 
 /// `ioctl(2)`: FIONBIO, and what FIONREAD says of a ring.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: usize) -> c_int {
-    if request == libc::FIONREAD as c_ulong && argument != 0 {
-        if let Some(n) = socket::unread(fd) {
-            // SAFETY: FIONREAD's argument is the application's valid pointer to an int.
-            unsafe { *(argument as *mut c_int) = n.min(c_int::MAX as usize) as c_int };
-            args::set_errno(0);
-            return 0;
-        }
+    let unread = if request == libc::FIONREAD as c_ulong { socket::unread(fd) } else { None };
+    if let (Some(n), true) = (unread, argument != 0) {
+        // SAFETY: FIONREAD's argument is the application's valid pointer to an int.
+        unsafe { *(argument as *mut c_int) = n.min(c_int::MAX as usize) as c_int };
+        return 0;
     }
     // SAFETY: the symbol is ioctl, of this type.
     let real: Ioctl = unsafe { std::mem::transmute(IOCTL.get()) };

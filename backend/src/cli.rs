@@ -1,0 +1,187 @@
+//! The command line of `vsocketd`.
+
+#![forbid(unsafe_code)]
+
+use std::error::Error as _;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{ArgGroup, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::config::Config;
+use crate::{certs, config, daemon, operator};
+
+/// The host's daemon: carries accelerated TCP connections between guests, and between hosts.
+#[derive(Debug, Parser)]
+#[command(name = "vsocketd", version, args_conflicts_with_subcommands = true)]
+#[command(group = ArgGroup::new("what").required(true).args(["config"]))]
+struct Arguments {
+    /// Run with this configuration.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// Only check the configuration.
+    #[arg(long, requires = "config")]
+    check: bool,
+
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make a certificate authority and certificates for the hosts of a lab.
+    Certs {
+        /// The directory they go to; nothing in it is overwritten.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+
+        /// Each host's name, as `host` in its configuration.
+        #[arg(required = true, value_name = "HOST")]
+        hosts: Vec<String>,
+    },
+    /// Show what a running daemon does.
+    Stat {
+        #[command(flatten)]
+        control: Control,
+
+        /// As JSON, whole.
+        #[arg(long)]
+        json: bool,
+
+        /// Each connection, instead of the totals.
+        #[arg(long)]
+        connections: bool,
+    },
+    /// Move a vport's connections to kernel TCP, and keep them there.
+    Drain {
+        #[command(flatten)]
+        control: Control,
+
+        /// The vport's name.
+        vport: String,
+    },
+    /// Let a drained vport's connections return to their lanes.
+    Undrain {
+        #[command(flatten)]
+        control: Control,
+
+        /// The vport's name.
+        vport: String,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct Control {
+    /// The daemon's control socket; without it VSOCKETD_CONTROL, or /run/vsocket/vsocketd.sock.
+    #[arg(long = "control", value_name = "SOCKET")]
+    path: Option<PathBuf>,
+}
+
+impl Control {
+    fn path(self) -> PathBuf {
+        let named = self.path.or_else(|| std::env::var_os("VSOCKETD_CONTROL").map(PathBuf::from));
+        named.unwrap_or_else(|| PathBuf::from("/run/vsocket/vsocketd.sock"))
+    }
+}
+
+/// What can go wrong, with its cause.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    #[error(transparent)]
+    Certs(#[from] certs::Error),
+    #[error(transparent)]
+    Daemon(#[from] daemon::Error),
+    #[error(transparent)]
+    Tool(#[from] operator::ToolError),
+}
+
+/// Does what the arguments say. Errors go to standard error, cause by cause, once.
+pub fn run() -> ExitCode {
+    match dispatch(Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprint!("vsocketd: {error}");
+            let mut cause = error.source();
+            while let Some(error) = cause {
+                eprint!(": {error}");
+                cause = error.source();
+            }
+            eprintln!();
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(arguments: Arguments) -> Result<(), Error> {
+    if let Some(command) = arguments.command {
+        return obey(command);
+    }
+    let Some(file) = arguments.config else { return Ok(()) };
+    let config = Config::load(&file)?;
+    if !arguments.check {
+        log();
+        daemon::run(config)?;
+    }
+    Ok(())
+}
+
+fn obey(command: Command) -> Result<(), Error> {
+    match command {
+        Command::Certs { out, hosts } => {
+            for file in certs::create(&out, &hosts)? {
+                println!("{}", file.display());
+            }
+        }
+        Command::Stat { control, json, connections } => {
+            let answer = operator::stat(&control.path(), connections)?;
+            println!("{}", if json { answer.to_string() } else { operator::as_text(&answer) });
+        }
+        Command::Drain { control, vport } => operator::drain(&control.path(), &vport, true)?,
+        Command::Undrain { control, vport } => operator::drain(&control.path(), &vport, false)?,
+    }
+    Ok(())
+}
+
+/// Logs to standard error; `VSOCKETD_LOG` chooses levels (`info`; `vsocket_backend::peer=debug`).
+fn log() {
+    let filter = EnvFilter::try_from_env("VSOCKETD_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(words: &[&str]) -> Result<Arguments, clap::Error> {
+        Arguments::try_parse_from(["vsocketd"].iter().chain(words))
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn one_thing_at_a_time() {
+        assert!(parse(&["--config", "f"]).is_ok_and(|a| a.config.is_some() && !a.check));
+        assert!(parse(&["--config", "f", "--check"]).is_ok_and(|a| a.check));
+        assert!(parse(&["certs", "--out", "d", "h1", "h2"]).is_ok_and(|a| a.command.is_some()));
+        assert!(parse(&[]).is_err());
+        assert!(parse(&["--check"]).is_err());
+        assert!(parse(&["certs", "--out", "d"]).is_err());
+        assert!(parse(&["stat", "--control", "s", "--json"]).is_ok_and(|a| a.command.is_some()));
+        assert!(parse(&["stat", "--connections"]).is_ok());
+        assert!(parse(&["drain", "--control", "s", "a"]).is_ok());
+        assert!(parse(&["undrain", "a"]).is_ok());
+        assert!(parse(&["drain"]).is_err());
+        assert!(parse(&["--config", "f", "certs", "--out", "d", "h1"]).is_err());
+    }
+}

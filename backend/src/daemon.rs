@@ -1,0 +1,370 @@
+//! The daemon: one thread that owns everything, and the only place that waits.
+//!
+//! A turn does what the kernel reported, then what pairing wants, then moves bytes. While bytes move it polls, and yields
+//! the processor on every pass that found nothing; after [`SPIN`] without work it announces its sleep in every slab it
+//! shares, looks once more, and blocks. A host whose guests use only `direct` lanes just blocks.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token, Waker};
+use rustix::process::{PidfdFlags, getpid, pidfd_open};
+use vsocket_channel::reason::Reason;
+
+use crate::config::Config;
+use crate::metrics::{Metrics, Traffic};
+use crate::operator::Operator;
+use crate::pairing::{Pairing, VportFacts};
+use crate::slab::Pool;
+use crate::vport::Vport;
+
+mod data;
+mod effects;
+mod guests;
+mod peers;
+mod start;
+mod tools;
+
+pub use peers::{Link, LinkEvent};
+pub use start::{Error, run};
+
+/// Polling goes on for so long without work.
+const SPIN: Duration = Duration::from_micros(50);
+/// While polling, the kernel is asked at least this often.
+const ASK: Duration = Duration::from_micros(50);
+/// An orderly end waits for guests to leave at most this long.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// What a token of the event loop stands for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Source {
+    Waker,
+    Signal,
+    Listener(u32),
+    Agent(u32),
+    Operator,
+    Tool(u32),
+    Fabric,
+    Bell(u64),
+}
+
+const KIND_SHIFT: u32 = 48;
+
+impl Source {
+    fn token(self) -> Token {
+        let (kind, n) = match self {
+            Self::Waker => (0, 0),
+            Self::Signal => (1, 0),
+            Self::Listener(n) => (2, u64::from(n)),
+            Self::Agent(n) => (3, u64::from(n)),
+            Self::Operator => (4, 0),
+            Self::Tool(n) => (5, u64::from(n)),
+            Self::Fabric => (6, 0),
+            Self::Bell(n) => (7, n),
+        };
+        Token((kind << KIND_SHIFT | n) as usize)
+    }
+
+    fn of(token: Token) -> Option<Self> {
+        let (kind, n) = (token.0 as u64 >> KIND_SHIFT, token.0 as u64 & ((1 << KIND_SHIFT) - 1));
+        Some(match kind {
+            0 => Self::Waker,
+            1 => Self::Signal,
+            2 => Self::Listener(n as u32),
+            3 => Self::Agent(n as u32),
+            4 => Self::Operator,
+            5 => Self::Tool(n as u32),
+            6 => Self::Fabric,
+            7 => Self::Bell(n),
+            _ => return None,
+        })
+    }
+}
+
+/// Ends a daemon from another thread, as SIGTERM does.
+#[derive(Clone, Debug)]
+pub struct Stop {
+    waker: Arc<Waker>,
+    flag: Arc<AtomicBool>,
+}
+
+impl Stop {
+    /// Asks the daemon to end in order.
+    pub fn stop(&self) {
+        self.flag.store(true, Ordering::Release);
+        // If the waker fails the loop is gone already.
+        let _ = self.waker.wake();
+    }
+}
+
+/// Everything of one host.
+#[derive(Debug)]
+pub struct Daemon {
+    pub(crate) host: String,
+    pub(crate) vports: Vec<Vport>,
+    pub(crate) pairing: Pairing,
+    pub(crate) pool: Pool,
+    pub(crate) metrics: Metrics,
+    operator: Operator,
+    boot: u64,
+    poll: Poll,
+    stop: Stop,
+    signals: Option<mio::net::UnixStream>,
+    pidfd: Arc<OwnedFd>,
+    data: Option<data::Data>,
+    peers: Option<peers::Peers>,
+    /// When the peers were last looked at.
+    watched: Instant,
+    /// Slabs whose bell is ours.
+    rung: Vec<u64>,
+    /// Agents whose sockets may hold more than one turn may take.
+    more: Vec<u32>,
+    /// Turns of the loop: an idle daemon makes none.
+    pub(crate) passes: u64,
+    /// Since when we are to end.
+    ending: Option<Instant>,
+}
+
+impl Daemon {
+    /// Listens everywhere; nothing is served before [`run`](Self::run).
+    ///
+    /// # Errors
+    ///
+    /// What cannot be listened at, or what the system does not give.
+    pub fn new(config: Config) -> Result<Self, Error> {
+        let poll = Poll::new().map_err(Error::System)?;
+        let waker = Arc::new(Waker::new(poll.registry(), Source::Waker.token()).map_err(Error::System)?);
+        let facts = |vport: &crate::config::Vport| VportFacts {
+            vni: vport.vni,
+            addresses: vport.addresses.clone(),
+            mac: vport.mac,
+            max_connections: vport.max_connections,
+            ring_len: u64::from(vport.ring_bytes),
+        };
+        let hosts: Vec<_> = config.backends.iter().flat_map(|b| &b.peers).map(|p| p.host.clone()).collect();
+        let pairing = Pairing::new(config.vports.iter().map(facts).collect(), config.directory, &hosts);
+        let mut vports = Vec::new();
+        for vport in config.vports {
+            let path = vport.socket.clone();
+            vports.push(Vport::new(vport).map_err(|source| Error::Listen { path, source })?);
+        }
+        let path = config.control.clone();
+        let operator = Operator::new(config.control).map_err(|source| Error::Listen { path, source })?;
+        let mut boot = [0; 8];
+        getrandom::fill(&mut boot).map_err(|error| Error::System(io::Error::other(error)))?;
+        let pidfd = pidfd_open(getpid(), PidfdFlags::empty()).map_err(|e| Error::System(e.into()))?;
+        let daemon = Self {
+            host: config.host.as_str().to_owned(),
+            vports,
+            pairing,
+            pool: Pool::default(),
+            metrics: Metrics::default(),
+            operator,
+            boot: u64::from_le_bytes(boot),
+            poll,
+            stop: Stop { waker, flag: Arc::default() },
+            signals: None,
+            pidfd: Arc::new(pidfd),
+            data: None,
+            peers: None,
+            watched: Instant::now(),
+            rung: Vec::new(),
+            more: Vec::new(),
+            passes: 0,
+            ending: None,
+        };
+        for (n, vport) in daemon.vports.iter().enumerate() {
+            let source = Source::Listener(n as u32);
+            daemon.watch(vport.raw_fd(), source, Interest::READABLE).map_err(Error::System)?;
+        }
+        let operator = daemon.operator.raw_fd();
+        daemon.watch(operator, Source::Operator, Interest::READABLE).map_err(Error::System)?;
+        Ok(daemon)
+    }
+
+    /// What ends this daemon from another thread.
+    pub fn stopper(&self) -> Stop {
+        self.stop.clone()
+    }
+
+    /// SIGTERM and SIGINT end the daemon.
+    ///
+    /// # Errors
+    ///
+    /// If the system takes no handler.
+    pub fn watch_signals(&mut self) -> io::Result<()> {
+        let (mut reader, writer) = mio::net::UnixStream::pair()?;
+        let second = std::os::fd::AsFd::as_fd(&writer).try_clone_to_owned()?;
+        signal_hook::low_level::pipe::register(signal_hook::consts::SIGTERM, OwnedFd::from(writer))?;
+        signal_hook::low_level::pipe::register(signal_hook::consts::SIGINT, second)?;
+        self.poll.registry().register(&mut reader, Source::Signal.token(), Interest::READABLE)?;
+        self.signals = Some(reader);
+        Ok(())
+    }
+
+    /// Serves until it is told to end.
+    ///
+    /// # Errors
+    ///
+    /// If waiting itself fails.
+    pub fn run(mut self) -> io::Result<()> {
+        let mut events = Events::with_capacity(256);
+        let (mut worked_at, mut asked_at) = (Instant::now(), Instant::now());
+        loop {
+            if self.stop.flag.load(Ordering::Acquire) && self.ending.is_none() {
+                self.ending = Some(Instant::now());
+                self.pairing.handle_stop(Reason::BackendGone);
+            }
+            self.passes += 1;
+            self.settle();
+            let worked = self.move_bytes();
+            let now = Instant::now();
+            if worked {
+                worked_at = now;
+            }
+            let polls = self.data.as_ref().is_some_and(|data| !data.is_idle()) && now < worked_at + SPIN;
+            if polls && now < asked_at + ASK && self.more.is_empty() {
+                if !worked {
+                    rustix::thread::sched_yield();
+                }
+                continue;
+            }
+            let gone = |since: Instant| self.pairing.fabric_stays() == 0 || now >= since + FAREWELL;
+            if self.ending.is_some_and(gone) {
+                return Ok(());
+            }
+            // Who sleeps must know until when.
+            self.watch_peers(now);
+            if self.pairing.has_work() || (worked && !polls) {
+                continue;
+            }
+            let mut timeout = Some(Duration::ZERO);
+            if !polls && self.more.is_empty() && self.may_sleep() {
+                timeout = self.deadline(now);
+            }
+            let slept = timeout != Some(Duration::ZERO);
+            match self.poll.poll(&mut events, timeout) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+                _ => {}
+            }
+            asked_at = Instant::now();
+            if slept {
+                worked_at = asked_at;
+                self.wake();
+            }
+            for event in &events {
+                if let Some(source) = Source::of(event.token()) {
+                    self.handle(source);
+                }
+            }
+            events.clear();
+            for vport in std::mem::take(&mut self.more) {
+                self.agent_ready(vport);
+            }
+            self.handle_time(asked_at);
+        }
+    }
+
+    /// Moves bytes, and does what came of it. Says whether there was anything.
+    fn move_bytes(&mut self) -> bool {
+        let Some(data) = &mut self.data else { return false };
+        let worked = data.pass(&mut self.metrics.drops);
+        self.take_notices();
+        worked
+    }
+
+    /// Announces that we sleep, and looks once more: true if there is really nothing.
+    fn may_sleep(&mut self) -> bool {
+        let Some(data) = &mut self.data else { return true };
+        data.arm();
+        for number in &self.rung {
+            if let Some(slab) = self.pool.slab(*number) {
+                slab.memory.header().bells[1][0].announce();
+            }
+        }
+        let idle = !data.pass(&mut self.metrics.drops);
+        if !idle {
+            self.wake();
+        }
+        idle
+    }
+
+    /// Takes the announcements back.
+    fn wake(&mut self) {
+        for number in &self.rung {
+            if let Some(slab) = self.pool.slab(*number) {
+                slab.memory.header().bells[1][0].awake(true);
+            }
+        }
+    }
+
+    fn handle_time(&mut self, now: Instant) {
+        self.pairing.handle_timeout(now);
+        self.watch_peers(now);
+        if let Some(data) = &mut self.data
+            && data.fabric.next_deadline().is_some_and(|at| at <= now)
+        {
+            data.fabric.handle_timeout(now);
+        }
+    }
+
+    /// How long the kernel may keep us.
+    fn deadline(&self, now: Instant) -> Option<Duration> {
+        let ending = self.ending.map(|since| since + FAREWELL);
+        let peers = self.peers.as_ref().and_then(peers::Peers::next_deadline);
+        let fabric = self.data.as_ref().and_then(|data| data.fabric.next_deadline());
+        let all = [self.pairing.next_deadline(), peers, fabric, ending];
+        let at = all.into_iter().flatten().min()?;
+        Some(at.saturating_duration_since(now))
+    }
+
+    fn handle(&mut self, source: Source) {
+        match source {
+            Source::Waker => self.link_ready(),
+            Source::Fabric | Source::Bell(_) => {}
+            Source::Signal => self.stop.flag.store(true, Ordering::Release),
+            Source::Listener(vport) => self.agent_arrives(vport),
+            Source::Agent(vport) => self.agent_ready(vport),
+            Source::Operator => self.tool_arrives(),
+            Source::Tool(tool) => self.tool_ready(tool),
+        }
+    }
+
+    fn watch(&self, fd: i32, source: Source, interest: Interest) -> io::Result<()> {
+        self.poll.registry().register(&mut SourceFd(&fd), source.token(), interest)
+    }
+
+    fn unwatch(&self, fd: i32) {
+        // A descriptor that is about to be closed leaves the set with its last copy anyhow.
+        let _ = self.poll.registry().deregister(&mut SourceFd(&fd));
+    }
+}
+
+impl Daemon {
+    /// What wakes this daemon: for a [`Link`].
+    pub fn waker(&self) -> Arc<Waker> {
+        self.stop.waker.clone()
+    }
+
+    pub(crate) fn has_fabric(&self) -> bool {
+        self.data.is_some()
+    }
+
+    /// The peers' names, and whether each can be reached.
+    pub(crate) fn peer_states(&self) -> impl Iterator<Item = (&str, bool)> {
+        let states = self.peers.iter().flat_map(|peers| &peers.states);
+        states.map(|peer| (peer.host.as_str(), peer.connected && !peer.silent))
+    }
+
+    /// What a vport's flows have carried, those that are over and those that are not.
+    pub(crate) fn traffic(&self, vport: usize) -> Traffic {
+        let mut sum = self.vports[vport].traffic;
+        let entries = self.data.iter().flat_map(data::Data::entries);
+        entries.filter(|e| e.vport as usize == vport).for_each(|e| sum.add(e.flow.traffic));
+        sum
+    }
+}

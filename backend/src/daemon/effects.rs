@@ -1,0 +1,92 @@
+//! Does what pairing wants done.
+
+use std::os::fd::AsRawFd;
+
+use mio::Interest;
+use vsocket_channel::Side;
+use vsocket_channel::message::{Lane, Message, Segment};
+
+use super::data::Data;
+use super::{Daemon, Source};
+use crate::carrier::Fds;
+use crate::pairing::{Effect, EndId};
+use crate::slab::{Change, SegmentId};
+
+impl Daemon {
+    /// Pairs whom there is to pair, until nothing is left to do.
+    pub(super) fn settle(&mut self) {
+        while let Some(effect) = self.pairing.poll(&mut self.pool) {
+            self.slabs_changed();
+            match effect {
+                Effect::Tell { vport, message } => self.tell(vport, &message, vec![]),
+                Effect::Prepare { end, generation, segment, side, lane } => {
+                    self.prepare(end, generation, segment, side, lane);
+                }
+                Effect::Release { segment, reuse } => self.pool.give_back(segment, reuse),
+                Effect::Peer { peer, message } => self.send_peer(peer, message),
+                Effect::NeedQp { peer, vni } => self.need_pair(peer, vni),
+                Effect::FlowStart(start) => self.start_flow(&start),
+                Effect::FlowReady { flow, rx } => self.with_data(|data| data.ready(flow, rx)),
+                Effect::FlowStop { flow } => self.with_data(|data| data.stop(flow)),
+                Effect::FlowDrop { flow } => {
+                    let carried = self.data.as_mut().and_then(|data| data.remove(flow));
+                    if let Some((vport, traffic)) = carried {
+                        self.vports[vport as usize].traffic.add(traffic);
+                    }
+                }
+            }
+        }
+        self.slabs_changed();
+    }
+
+    fn with_data(&mut self, act: impl FnOnce(&mut Data)) {
+        if let Some(data) = &mut self.data {
+            act(data);
+        }
+    }
+
+    fn tell(&mut self, vport: u32, message: &Message, fds: Fds) {
+        match message {
+            Message::Declined { reason, .. } => self.metrics.declined(*reason),
+            Message::Withdraw { reason, .. } => self.metrics.withdrawn(*reason),
+            _ => {}
+        }
+        if let Err(gone) = self.vports[vport as usize].tell(message, fds) {
+            self.detach(vport, &gone);
+        }
+    }
+
+    fn prepare(&mut self, end: EndId, generation: u32, id: SegmentId, side: Side, lane: Lane) {
+        let Some(slab) = self.pool.slab(id.slab) else { return };
+        let geometry = slab.memory.geometry();
+        let segment = Segment { slab: id.slab, index: id.index, geometry, side, lane };
+        let own = slab.bells[side.index()].iter();
+        let far = slab.bells[side.other().index()].iter();
+        let fds: Fds = std::iter::once(&slab.memfd).chain(own).chain(far).cloned().collect();
+        self.tell(end.vport, &Message::Prepare { conn: end.conn, generation, segment }, fds);
+    }
+
+    /// Watches the bells of new slabs, and forgets what is no more.
+    fn slabs_changed(&mut self) {
+        let changes: Vec<Change> = self.pool.changes().collect();
+        for change in changes {
+            match change {
+                Change::Created(number) => {
+                    let slab = self.pool.slab(number).filter(|slab| slab.is_fabric());
+                    let Some(bell) = slab.map(|slab| slab.bells[1][0].as_raw_fd()) else { continue };
+                    if let Err(error) = self.watch(bell, Source::Bell(number), Interest::READABLE) {
+                        tracing::warn!(%error, "cannot watch a bell");
+                    }
+                    self.rung.push(number);
+                }
+                Change::Gone(number, slab) => {
+                    if slab.is_fabric() {
+                        self.unwatch(slab.bells[1][0].as_raw_fd());
+                        self.rung.retain(|n| *n != number);
+                        self.with_data(|data| data.forget_slab(number));
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! Puts the daemon together: control connections, fabric, signals.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::PathBuf;
+
+use crossbeam_channel::Receiver;
+
+use super::{Daemon, Link, LinkEvent};
+use crate::config::{Config, Fabric};
+use crate::fabric::soft::{Options, Soft};
+use crate::peer::message::{HostName, PeerMessage};
+use crate::peer::{self, PeerEvent, PeerHandle, Peers};
+
+/// Why the daemon cannot run, or had to stop.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A socket of a vport or the operator's.
+    #[error("cannot listen at {}", path.display())]
+    Listen {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The control connections.
+    #[error("cannot meet other backends")]
+    Peers(#[from] peer::Error),
+    /// The fabric.
+    #[error("cannot start the fabric")]
+    Fabric(#[from] crate::fabric::Error),
+    /// What every daemon needs of the system.
+    #[error("cannot set up the event loop")]
+    System(#[source] io::Error),
+    /// The loop ended without being told to.
+    #[error("cannot wait for events")]
+    Wait(#[source] io::Error),
+}
+
+/// The peer thread as a [`Link`].
+struct Control {
+    /// Stops the thread when the daemon goes.
+    _peers: Peers,
+    handle: PeerHandle,
+    events: Receiver<PeerEvent>,
+    hosts: Vec<HostName>,
+    numbers: HashMap<HostName, u32>,
+}
+
+impl Control {
+    fn host(&self, peer: u32) -> Option<&HostName> {
+        self.hosts.get(peer as usize)
+    }
+}
+
+impl Link for Control {
+    fn send(&mut self, peer: u32, message: PeerMessage) {
+        if let Some(host) = self.host(peer) {
+            self.handle.send(host, message);
+        }
+    }
+
+    fn reset(&mut self, peer: u32) {
+        if let Some(host) = self.host(peer) {
+            self.handle.reset(host);
+        }
+    }
+
+    fn poll(&mut self) -> Option<LinkEvent> {
+        loop {
+            // Events of hosts that are not configured do not come: the peer thread refuses them.
+            let number = |host| self.numbers.get(host).copied();
+            let event = match self.events.try_recv().ok()? {
+                PeerEvent::Up { host, .. } => number(&host).map(LinkEvent::Up),
+                PeerEvent::Message { host, message } => {
+                    number(&host).map(|n| LinkEvent::Message(n, message))
+                }
+                PeerEvent::Down { host, reason } => {
+                    tracing::info!(%host, reason = reason.name(), "control connection gone");
+                    number(&host).map(LinkEvent::Down)
+                }
+                PeerEvent::Refused { from, reason } => {
+                    tracing::warn!(%from, reason = reason.name(), "control connection refused");
+                    Some(LinkEvent::Refused(reason.name()))
+                }
+            };
+            if event.is_some() {
+                return event;
+            }
+        }
+    }
+}
+
+/// Runs until told to stop.
+///
+/// # Errors
+///
+/// [`Error`].
+pub fn run(config: Config) -> Result<(), Error> {
+    let mut daemon = Daemon::with_backends(config)?;
+    daemon.watch_signals().map_err(Error::System)?;
+    tracing::info!(host = daemon.host, "serving");
+    daemon.run().map_err(Error::Wait)
+}
+
+impl Daemon {
+    /// A daemon that meets the other backends of its configuration.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub fn with_backends(config: Config) -> Result<Self, Error> {
+        let (backends, host) = (config.backends.clone(), config.host.clone());
+        let mut daemon = Self::new(config)?;
+        if let Some(backends) = backends {
+            let Fabric::Soft { listen } = backends.fabric;
+            let fabric = Soft::new(listen, Options::default())?;
+            let waker = daemon.waker();
+            let wake = move || {
+                // Without a loop there is nobody to wake.
+                let _ = waker.wake();
+            };
+            let (peers, events) = Peers::start(&backends, &host, daemon.boot, wake)?;
+            let hosts: Vec<_> = backends.peers.iter().map(|p| p.host.clone()).collect();
+            let numbers = hosts.iter().enumerate().map(|(n, host)| (host.clone(), n as u32)).collect();
+            let names = hosts.iter().map(HostName::to_string).collect();
+            let link = Control { handle: peers.handle(), _peers: peers, events, hosts, numbers };
+            daemon.join(Box::new(fabric), Box::new(link), names).map_err(Error::System)?;
+        }
+        Ok(daemon)
+    }
+}

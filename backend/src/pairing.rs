@@ -1,0 +1,581 @@
+//! Who meets whom: open, pair, prepare, commit, withdraw, leave. Sans-IO: events go in by `handle_*`, what is to be done
+//! comes out of [`Pairing::poll`]; time is an argument.
+//!
+//! An **end** is a connection as its vport's agent opened it. A **stay** is one generation of a connection on a lane; it
+//! has two **parties**: the end here, and across either another end here (`direct`) or a peer's flow (`fabric`).
+//!
+//! | end | event | becomes |
+//! |---|---|---|
+//! | open | its mirrored end is open too | staying: both are asked to prepare |
+//! | staying | both have prepared | staying, and told: commit |
+//! | staying | refused as busy | resting for 50 ms, then open; after ten times spent |
+//! | staying | refused, left | spent: waits for a new `Open` |
+//! | staying | `Open` again | staying, and open as soon as it has left |
+//! | spent | `Open` again | open |
+//! | any | `Close`, agent gone | forgotten; its stay waits for `Left`, or is lost |
+//!
+//! A stay that ends, however it does, is over only when each party uses its memory no longer: a guest says `Left` (or
+//! `Refused`), a peer ends its stream on the queue pair behind its last WRITE, and a dead agent never says it, so that
+//! the segment is lost. Until then the segment is in quarantine.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use vsocket_channel::Side;
+use vsocket_channel::message::{Lane, Message, Tuple};
+use vsocket_channel::reason::Reason;
+
+use crate::config::Mac;
+use crate::directory::Directory;
+use crate::peer::message::{HostName, PeerMessage, RegionRef};
+use crate::slab::{SegmentId, Segments, SlabKey};
+
+mod remote;
+mod stay;
+
+#[cfg(test)]
+mod remote_tests;
+#[cfg(test)]
+mod tests;
+
+pub use remote::Dropped;
+use stay::{Guest, GuestPhase, Party, Stay};
+
+/// An end that was busy is asked again after this.
+const REST: Duration = Duration::from_millis(50);
+/// And so often.
+const TRIES: u8 = 10;
+
+/// A connection of a vport, by its agent's number.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+pub struct EndId {
+    /// The vport.
+    pub vport: u32,
+    /// The agent's number.
+    pub conn: u64,
+}
+
+/// What pairing must know of a vport.
+#[derive(Clone, Debug)]
+pub struct VportFacts {
+    /// Its tenant network.
+    pub vni: u32,
+    /// Its inner addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Its inner MAC.
+    pub mac: Mac,
+    /// Its quota.
+    pub max_connections: u32,
+    /// Its rings' size.
+    pub ring_len: u64,
+}
+
+/// A flow that is to carry a stay to another host and back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowStart {
+    /// Our number for it.
+    pub flow: u64,
+    /// The peer.
+    pub peer: u32,
+    /// The peer's number for it.
+    pub peer_flow: u64,
+    /// The guest's end.
+    pub end: EndId,
+    /// The tenant network.
+    pub vni: u32,
+    /// The connection, as our guest sees it.
+    pub tuple: Tuple,
+    /// Our guest's and the far guest's MAC.
+    pub macs: [Mac; 2],
+    /// The generation.
+    pub generation: u32,
+    /// Its memory.
+    pub segment: SegmentId,
+    /// Where the peer receives, if it has said so. Then our own region is told by `Prepared`, else by `Prepare`.
+    pub rx: Option<RegionRef>,
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Effect {
+    /// Send to a vport's agent.
+    Tell {
+        /// Whose agent.
+        vport: u32,
+        /// What.
+        message: Message,
+    },
+    /// Send `Prepare` with the slab's descriptors.
+    Prepare {
+        /// To whom.
+        end: EndId,
+        /// The generation.
+        generation: u32,
+        /// Its memory.
+        segment: SegmentId,
+        /// The receiver's side.
+        side: Side,
+        /// `Direct` or `Fabric`.
+        lane: Lane,
+    },
+    /// A segment is free; without `reuse` it is lost.
+    Release {
+        /// Which.
+        segment: SegmentId,
+        /// Nobody uses it any more.
+        reuse: bool,
+    },
+    /// Send to another backend.
+    Peer {
+        /// Which.
+        peer: u32,
+        /// What.
+        message: PeerMessage,
+    },
+    /// A queue pair for this tenant is wanted.
+    NeedQp {
+        /// To which peer.
+        peer: u32,
+        /// For which tenant.
+        vni: u32,
+    },
+    /// Make a flow, and tell the peer where it receives.
+    FlowStart(FlowStart),
+    /// The peer of this flow receives there.
+    FlowReady {
+        /// Which flow.
+        flow: u64,
+        /// Where.
+        rx: RegionRef,
+    },
+    /// Write nothing more for this flow, and tell the peer so behind the last byte.
+    FlowStop {
+        /// Which.
+        flow: u64,
+    },
+    /// Forget a flow, if there is one of this number.
+    FlowDrop {
+        /// Which.
+        flow: u64,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum EndState {
+    /// To be paired as soon as the other end is there.
+    Open,
+    /// Was busy; will be open again.
+    Resting,
+    /// In a stay.
+    Staying(u64),
+    /// Waits for a new `Open`.
+    Spent,
+}
+
+#[derive(Debug)]
+struct End {
+    program: u64,
+    tuple: Tuple,
+    min_generation: u32,
+    state: EndState,
+    /// Opened again before it had left its stay.
+    reopened: bool,
+    tries: u8,
+    /// The reason that the agent knows.
+    told: Option<Reason>,
+    /// Our number of the offer that a peer knows.
+    offer: Option<u64>,
+}
+
+#[derive(Debug)]
+struct Vport {
+    facts: VportFacts,
+    drained: bool,
+    ends: u32,
+}
+
+/// Another backend's offer, waiting for our end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct RemoteOffer {
+    peer: u32,
+    flow: u64,
+    min_generation: u32,
+}
+
+/// What a flow number of ours stands for.
+#[derive(Clone, Copy, Debug)]
+enum FlowUse {
+    Offer(EndId),
+    Stay(u64),
+}
+
+/// Where an address is.
+enum Place {
+    Vport(u32),
+    Peer(u32, Mac),
+    Nowhere,
+}
+
+/// One line of the operator's list.
+#[derive(Clone, Debug)]
+pub struct Line {
+    /// Which end.
+    pub end: EndId,
+    /// Its addresses.
+    pub tuple: Tuple,
+    /// The lane that is committed.
+    pub lane: Lane,
+    /// The generation, if it is in a stay.
+    pub generation: Option<u32>,
+    /// Why it is on TCP, if that was told.
+    pub reason: Option<Reason>,
+}
+
+/// All ends and stays of this host.
+#[derive(Debug)]
+pub struct Pairing {
+    vports: Vec<Vport>,
+    local: HashMap<(u32, IpAddr), u32>,
+    directory: Directory,
+    hosts: HashMap<HostName, u32>,
+    ends: HashMap<EndId, End>,
+    by_tuple: HashMap<(u32, Tuple), EndId>,
+    stays: HashMap<u64, Stay>,
+    /// Parties that have not left yet: (end, generation) → stay and place in it.
+    parties: HashMap<(EndId, u32), (u64, usize)>,
+    peers_up: HashSet<u32>,
+    qps: HashSet<(u32, u32)>,
+    remote_offers: HashMap<(u32, Tuple), RemoteOffer>,
+    flows: HashMap<u64, FlowUse>,
+    ready: VecDeque<EndId>,
+    resting: BinaryHeap<Reverse<(Instant, EndId)>>,
+    effects: VecDeque<Effect>,
+    last_stay: u64,
+    last_flow: u64,
+    stopping: bool,
+}
+
+impl Pairing {
+    /// Nobody is there yet. `hosts` gives the peers their numbers.
+    pub fn new(vports: Vec<VportFacts>, directory: Directory, hosts: &[HostName]) -> Self {
+        let each = |(n, facts): (usize, &VportFacts)| {
+            let vni = facts.vni;
+            facts.addresses.iter().map(move |a| ((vni, a.to_canonical()), n as u32)).collect::<Vec<_>>()
+        };
+        let local = vports.iter().enumerate().flat_map(each).collect();
+        let vports = vports.into_iter().map(|facts| Vport { facts, drained: false, ends: 0 }).collect();
+        let hosts = hosts.iter().enumerate().map(|(n, host)| (host.clone(), n as u32)).collect();
+        Self {
+            vports,
+            local,
+            directory,
+            hosts,
+            ends: HashMap::new(),
+            by_tuple: HashMap::new(),
+            stays: HashMap::new(),
+            parties: HashMap::new(),
+            peers_up: HashSet::new(),
+            qps: HashSet::new(),
+            remote_offers: HashMap::new(),
+            flows: HashMap::new(),
+            ready: VecDeque::new(),
+            resting: BinaryHeap::new(),
+            effects: VecDeque::new(),
+            last_stay: 0,
+            last_flow: 0,
+            stopping: false,
+        }
+    }
+
+    /// The next thing to do, pairing who can be paired.
+    pub fn poll(&mut self, segments: &mut impl Segments) -> Option<Effect> {
+        loop {
+            if let Some(effect) = self.effects.pop_front() {
+                return Some(effect);
+            }
+            let id = self.ready.pop_front()?;
+            if !self.stopping {
+                self.try_pair(id, segments);
+            }
+        }
+    }
+
+    /// Whether [`poll`](Self::poll) has something to do.
+    pub fn has_work(&self) -> bool {
+        !self.effects.is_empty() || !self.ready.is_empty()
+    }
+
+    /// When [`handle_timeout`](Self::handle_timeout) wants to be called.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.resting.peek().map(|Reverse((at, _))| *at)
+    }
+
+    /// Ends whose rest is over are open again.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        while let Some(Reverse((at, id))) = self.resting.peek().copied()
+            && at <= now
+        {
+            self.resting.pop();
+            if let Some(end) = self.ends.get_mut(&id)
+                && end.state == EndState::Resting
+            {
+                end.state = EndState::Open;
+                self.ready.push_back(id);
+            }
+        }
+    }
+
+    /// An agent opens a connection, or opens it again.
+    pub fn handle_open(&mut self, id: EndId, program: u64, tuple: Tuple, min_generation: u32) {
+        let Some(vport) = self.vports.get_mut(id.vport as usize) else { return };
+        let vni = vport.facts.vni;
+        if self.local.get(&(vni, tuple.local.ip())) != Some(&id.vport) {
+            return self.decline(id, Reason::AddressNotYours);
+        }
+        if self.by_tuple.get(&(vni, tuple)).is_some_and(|other| *other != id) {
+            return self.decline(id, Reason::TupleTaken);
+        }
+        if self.ends.get(&id).is_some_and(|end| end.tuple != tuple) {
+            // The number stands for another connection now: the agent has forgotten to close it.
+            self.handle_close(id);
+            return self.handle_open(id, program, tuple, min_generation);
+        }
+        if let Some(end) = self.ends.get_mut(&id) {
+            end.program = program;
+            end.min_generation = end.min_generation.max(min_generation);
+            end.told = None;
+            end.tries = 0;
+            match end.state {
+                EndState::Staying(_) => end.reopened = true,
+                _ => {
+                    end.state = EndState::Open;
+                    self.withdraw_offer(id, Reason::Superseded);
+                    self.ready.push_back(id);
+                }
+            }
+            return;
+        }
+        if vport.ends >= vport.facts.max_connections {
+            return self.decline(id, Reason::Quota);
+        }
+        vport.ends += 1;
+        // A closed connection of this number may not have left all its generations yet.
+        let held = self.parties.keys().filter(|(end, _)| *end == id).map(|(_, g)| g.saturating_add(1)).max();
+        let min_generation = min_generation.max(held.unwrap_or(1));
+        let state = EndState::Open;
+        let end =
+            End { program, tuple, min_generation, state, reopened: false, tries: 0, told: None, offer: None };
+        self.ends.insert(id, end);
+        self.by_tuple.insert((vni, tuple), id);
+        self.ready.push_back(id);
+    }
+
+    /// An end is ready to receive.
+    pub fn handle_prepared(&mut self, id: EndId, generation: u32) {
+        let Some((stay, at)) = self.parties.get(&(id, generation)).copied() else { return };
+        if let Some(guest) = self.guest(stay, at)
+            && guest.phase == GuestPhase::Asked
+        {
+            guest.phase = GuestPhase::Ready;
+            self.advance(stay);
+        }
+    }
+
+    /// An end cannot, now or at all.
+    pub fn handle_refused(&mut self, id: EndId, generation: u32, reason: Reason, now: Instant) {
+        let Some((stay, at)) = self.parties.get(&(id, generation)).copied() else { return };
+        let ending = self.stays.get(&stay).is_none_or(|s| s.ending);
+        if reason == Reason::Busy
+            && !ending
+            && let Some(end) = self.ends.get_mut(&id)
+            && end.tries < TRIES
+        {
+            end.tries += 1;
+            end.state = EndState::Resting;
+            self.resting.push(Reverse((now + REST, id)));
+            if let Some(stay) = self.stays.get_mut(&stay) {
+                stay.again = true;
+            }
+        }
+        self.leave(stay, at, reason);
+    }
+
+    /// An end uses a generation no longer.
+    pub fn handle_left(&mut self, id: EndId, generation: u32) {
+        if let Some((stay, at)) = self.parties.get(&(id, generation)).copied() {
+            self.leave(stay, at, Reason::PeerLeft);
+        }
+    }
+
+    /// A connection is no more.
+    pub fn handle_close(&mut self, id: EndId) {
+        self.withdraw_offer(id, Reason::Ending);
+        let Some(end) = self.ends.remove(&id) else { return };
+        let vport = &mut self.vports[id.vport as usize];
+        vport.ends -= 1;
+        self.by_tuple.remove(&(vport.facts.vni, end.tuple));
+        if let EndState::Staying(stay) = end.state {
+            self.silence(stay, id, GuestPhase::Withdrawn, Reason::Ending);
+        }
+    }
+
+    /// A vport's agent has gone, and with it what it knew.
+    pub fn handle_detached(&mut self, vport: u32) {
+        for (id, stay) in self.held(vport) {
+            self.silence(stay, id, GuestPhase::Lost, Reason::PeerLeft);
+        }
+        let ends: Vec<EndId> = self.ends.keys().filter(|id| id.vport == vport).copied().collect();
+        for id in ends {
+            self.handle_close(id);
+        }
+    }
+
+    /// The operator moves a vport's connections to TCP, or lets them return.
+    pub fn handle_drain(&mut self, vport: u32, on: bool) -> bool {
+        let Some(state) = self.vports.get_mut(vport as usize) else { return false };
+        let changed = state.drained != on;
+        state.drained = on;
+        if changed && on {
+            let message = Message::Withdraw { conn: 0, generation: 0, reason: Reason::Drained };
+            self.effects.push_back(Effect::Tell { vport, message });
+            for (id, stay) in self.held(vport) {
+                self.silence(stay, id, GuestPhase::Withdrawn, Reason::Drained);
+            }
+        }
+        let open = |(id, end): (&EndId, &End)| {
+            (id.vport == vport && end.state == EndState::Open).then_some(*id)
+        };
+        let open: Vec<EndId> = self.ends.iter().filter_map(open).collect();
+        self.ready.extend(open);
+        true
+    }
+
+    /// The daemon is about to end: no new stays, and every end leaves the fabric. Direct lanes go on without us.
+    pub fn handle_stop(&mut self, reason: Reason) {
+        self.stopping = true;
+        let fabric = self.stays.iter().filter(|(_, stay)| stay.lane() == Lane::Fabric);
+        let fabric: Vec<u64> = fabric.map(|(id, _)| *id).collect();
+        for id in fabric {
+            self.end_stay(id, reason, usize::MAX);
+            self.settle(id);
+        }
+    }
+
+    /// Stays on the fabric that are not over.
+    pub fn fabric_stays(&self) -> usize {
+        self.stays.values().filter(|stay| stay.lane() == Lane::Fabric).count()
+    }
+
+    /// Whether a vport is drained.
+    pub fn drained(&self, vport: u32) -> bool {
+        self.vports.get(vport as usize).is_some_and(|v| v.drained)
+    }
+
+    /// How many connections a vport has open.
+    pub fn open_connections(&self, vport: u32) -> u32 {
+        self.vports.get(vport as usize).map_or(0, |v| v.ends)
+    }
+
+    /// How many stays are committed on each lane: direct pairs, fabric flows.
+    pub fn lanes(&self) -> (usize, usize) {
+        let of = |lane| self.stays.values().filter(|s| s.committed && !s.ending && s.lane() == lane).count();
+        (of(Lane::Direct), of(Lane::Fabric))
+    }
+
+    /// Stays that are not over, withdrawn or not.
+    pub fn stays(&self) -> usize {
+        self.stays.len()
+    }
+
+    /// Every connection.
+    pub fn lines(&self) -> impl Iterator<Item = Line> + '_ {
+        self.ends.iter().map(|(id, end)| {
+            let stay = match end.state {
+                EndState::Staying(stay) => self.stays.get(&stay),
+                _ => None,
+            };
+            let live = stay.filter(|s| s.committed && !s.ending);
+            Line {
+                end: *id,
+                tuple: end.tuple,
+                lane: live.map_or(Lane::Tcp, Stay::lane),
+                generation: stay.map(|s| s.generation),
+                reason: end.told,
+            }
+        })
+    }
+
+    /// The ends of a vport that have not left their stays.
+    fn held(&self, vport: u32) -> Vec<(EndId, u64)> {
+        let of = self.parties.iter().filter(|((id, _), _)| id.vport == vport);
+        of.map(|((id, _), (stay, _))| (*id, *stay)).collect()
+    }
+
+    fn vni(&self, id: EndId) -> u32 {
+        self.vports[id.vport as usize].facts.vni
+    }
+
+    fn place(&self, vni: u32, address: IpAddr) -> Place {
+        if let Some(vport) = self.local.get(&(vni, address)) {
+            return Place::Vport(*vport);
+        }
+        let place = self.directory.find(vni, address);
+        match place.and_then(|p| Some((*self.hosts.get(&p.host)?, p.mac))) {
+            Some((peer, mac)) => Place::Peer(peer, mac),
+            None => Place::Nowhere,
+        }
+    }
+
+    fn decline(&mut self, id: EndId, reason: Reason) {
+        let known = self.ends.get_mut(&id).map(|end| end.told.replace(reason));
+        if known != Some(Some(reason)) {
+            let message = Message::Declined { conn: id.conn, reason };
+            self.effects.push_back(Effect::Tell { vport: id.vport, message });
+        }
+    }
+
+    fn try_pair(&mut self, id: EndId, segments: &mut impl Segments) {
+        let Some(end) = self.ends.get(&id).filter(|end| end.state == EndState::Open) else { return };
+        let (vni, tuple) = (self.vni(id), end.tuple);
+        if self.vports[id.vport as usize].drained {
+            self.withdraw_offer(id, Reason::Drained);
+            return self.decline(id, Reason::Drained);
+        }
+        match self.place(vni, tuple.remote.ip()) {
+            Place::Vport(other) if other != id.vport => {
+                let far = self.by_tuple.get(&(vni, tuple.mirrored())).copied();
+                let far = far.filter(|far| self.ends.get(far).is_some_and(|e| e.state == EndState::Open));
+                match far {
+                    _ if self.vports[other as usize].drained => self.decline(id, Reason::Drained),
+                    Some(far) => self.start_direct(id.min(far), id.max(far), segments),
+                    None => self.decline(id, Reason::PeerNotOpen),
+                }
+            }
+            Place::Peer(peer, _) => self.try_remote(id, peer, segments),
+            // Both ends in one guest are not paired yet.
+            Place::Vport(_) | Place::Nowhere => self.decline(id, Reason::PeerUnknown),
+        }
+    }
+
+    /// Pairs two open ends of this host; `a` is of the smaller vport, and side 0.
+    fn start_direct(&mut self, a: EndId, b: EndId, segments: &mut impl Segments) {
+        let of = |id: EndId| {
+            let end = &self.ends[&id];
+            let ring_len = self.vports[id.vport as usize].facts.ring_len;
+            ((id.vport, end.program), end.min_generation, ring_len)
+        };
+        let ((program_a, min_a, ring_a), (program_b, min_b, ring_b)) = (of(a), of(b));
+        let generation = min_a.max(min_b).max(1);
+        if generation == u32::MAX {
+            return [a, b].into_iter().for_each(|id| self.decline(id, Reason::Violation));
+        }
+        let key = SlabKey::Direct(program_a, program_b);
+        let Some(segment) = segments.take(key, ring_a.min(ring_b)) else {
+            return [a, b].into_iter().for_each(|id| self.decline(id, Reason::Quota));
+        };
+        let party = |end| Party::Guest(Guest { end, phase: GuestPhase::Asked });
+        self.begin(Stay::new(generation, segment, [party(a), party(b)]));
+    }
+}
