@@ -280,7 +280,8 @@ impl Flow {
     fn look_for_stay(&mut self) {
         let Some(stay) = self.direction(0).stay(self.identity.generation) else { return };
         let start = stay.start;
-        self.tx = Tx { stay: Some(stay), acked: start, fwd: start, written: start, limit: start, ..Tx::default() };
+        self.tx =
+            Tx { stay: Some(stay), acked: start, fwd: start, written: start, limit: start, ..Tx::default() };
     }
 
     /// Moves bytes from the guest's tx ring to the peer.

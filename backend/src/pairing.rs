@@ -444,9 +444,8 @@ impl Pairing {
                 self.silence(stay, id, GuestPhase::Withdrawn, Reason::Drained);
             }
         }
-        let open = |(id, end): (&EndId, &End)| {
-            (id.vport == vport && end.state == EndState::Open).then_some(*id)
-        };
+        let open =
+            |(id, end): (&EndId, &End)| (id.vport == vport && end.state == EndState::Open).then_some(*id);
         let open: Vec<EndId> = self.ends.iter().filter_map(open).collect();
         self.ready.extend(open);
         true

@@ -119,7 +119,9 @@ fn drain_and_back() {
     drain(false);
     assert_eq!(a.prepare().generation, 2);
     assert_eq!(b.prepare().generation, 2);
-    assert!(vsocket_backend::operator::ask(&lab.daemon.control, Message::Drain { vport: 9, on: true }).is_err());
+    assert!(
+        vsocket_backend::operator::ask(&lab.daemon.control, Message::Drain { vport: 9, on: true }).is_err()
+    );
 }
 
 #[test]

@@ -90,7 +90,8 @@ fn an_idle_lane_wakes_up_and_a_stay_is_confirmed() {
         two.write(&[round; 9000]);
         assert_eq!(one.read_exactly(9000), [round; 9000]);
     }
-    let confirmed = |end: &End| end.directions()[0].reader.confirmed.load(std::sync::atomic::Ordering::Relaxed);
+    let confirmed =
+        |end: &End| end.directions()[0].reader.confirmed.load(std::sync::atomic::Ordering::Relaxed);
     eventually("confirmed", || confirmed(&one) == 3 && confirmed(&two) == 3);
 }
 

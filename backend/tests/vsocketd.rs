@@ -205,7 +205,8 @@ fn the_operators_commands() {
     let dir = Dir::new();
     let hosts = started(&dir);
     let run = |words: &[&str]| {
-        let out = Command::new(PROGRAM).args(words).env("VSOCKETD_CONTROL", &hosts[0].control).output().unwrap();
+        let out =
+            Command::new(PROGRAM).args(words).env("VSOCKETD_CONTROL", &hosts[0].control).output().unwrap();
         let text = String::from_utf8([out.stdout, out.stderr].concat()).unwrap();
         (out.status.success(), text)
     };

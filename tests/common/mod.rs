@@ -8,7 +8,7 @@ use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -22,14 +22,14 @@ pub const PROGRAM: Duration = Duration::from_secs(90);
 
 /// How two guests lie to each other.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Path2 {
+pub enum Path {
     /// Guests a and b.
     SameHost,
     /// Guests a and c.
     CrossHost,
 }
 
-impl Path2 {
+impl Path {
     /// The guest with the server; the client is in guest a.
     pub fn server(self) -> &'static str {
         match self {
@@ -202,7 +202,8 @@ impl Lab {
     /// Starts a program: `verb` is `run` or `exec`.
     pub fn start(&self, verb: &str, guest: &str, command: &[&str]) -> Program {
         let n = self.started.replace(self.started.get() + 1);
-        let program = Path::new(command[0]).file_name().and_then(|name| name.to_str()).unwrap_or("program");
+        let program =
+            std::path::Path::new(command[0]).file_name().and_then(|name| name.to_str()).unwrap_or("program");
         let base = format!("{n:02}-{guest}-{verb}-{program}");
         let (out, err) = (self.logs.join(format!("{base}.out")), self.logs.join(format!("{base}.err")));
         let file = |path| File::create(path).expect("a file under target");
@@ -288,7 +289,7 @@ impl Lab {
     }
 
     /// The counters of both ends of a path, to compare with later.
-    pub fn before(&self, path: Path2) -> Before<'_> {
+    pub fn before(&self, path: Path) -> Before<'_> {
         Before { lab: self, path, stats: [self.stat("a"), self.stat(path.server())] }
     }
 }
@@ -601,7 +602,7 @@ impl Line {
 /// The counters of both ends of a path at an earlier moment.
 pub struct Before<'a> {
     lab: &'a Lab,
-    path: Path2,
+    path: Path,
     stats: [Stat; 2],
 }
 

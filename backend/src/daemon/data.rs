@@ -13,7 +13,8 @@ use vsocket_channel::reason::Reason;
 use vsocket_vxlan::{Error as VxlanError, PayloadAt, decapsulate};
 
 use crate::fabric::{
-    Access, Disconnect, DomainId, Event, Fabric, LocalRange, MemoryKey, PostError, QpId, RemoteAddress, Signal, WorkId,
+    Access, Disconnect, DomainId, Event, Fabric, LocalRange, MemoryKey, PostError, QpId, RemoteAddress,
+    Signal, WorkId,
 };
 use crate::flow::{Fault, Flow, FlowKey, Heard, Transmit, key_of};
 use crate::metrics::{Named, Traffic};
@@ -262,7 +263,18 @@ impl Data {
         self.by_key.insert((pair.qp, flow.key()), at);
         let far = RemoteAddress { rkey: 0, address: 0 };
         let (peer, qp, lkey) = (pair.peer, pair.qp, key.lkey);
-        self.entries.push(Entry { id, peer, vport, flow, qp, lkey, far, bells, failed: false, leaving: false });
+        self.entries.push(Entry {
+            id,
+            peer,
+            vport,
+            flow,
+            qp,
+            lkey,
+            far,
+            bells,
+            failed: false,
+            leaving: false,
+        });
     }
 
     /// The peer of a flow receives there.
@@ -332,7 +344,9 @@ impl Data {
 /// A peer whose end is closed has most likely ended; its control connection will say so too.
 fn reason_of(lost: &Disconnect) -> Reason {
     match lost {
-        Disconnect::PeerClosed | Disconnect::Io(std::io::ErrorKind::ConnectionReset) => Reason::PeerBackendGone,
+        Disconnect::PeerClosed | Disconnect::Io(std::io::ErrorKind::ConnectionReset) => {
+            Reason::PeerBackendGone
+        }
         _ => Reason::FabricDown,
     }
 }
@@ -376,4 +390,3 @@ fn receive(
     }
     Err(failed)
 }
-

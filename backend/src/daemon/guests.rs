@@ -1,6 +1,5 @@
 //! Agents: who may attach, what they say, and how they go.
 
-
 use mio::Interest;
 use vsocket_channel::message::Message;
 

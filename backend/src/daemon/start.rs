@@ -73,9 +73,7 @@ impl Link for Control {
             let number = |host| self.numbers.get(host).copied();
             let event = match self.events.try_recv().ok()? {
                 PeerEvent::Up { host, .. } => number(&host).map(LinkEvent::Up),
-                PeerEvent::Message { host, message } => {
-                    number(&host).map(|n| LinkEvent::Message(n, message))
-                }
+                PeerEvent::Message { host, message } => number(&host).map(|n| LinkEvent::Message(n, message)),
                 PeerEvent::Down { host, reason } => {
                     tracing::info!(%host, reason = reason.name(), "control connection gone");
                     number(&host).map(LinkEvent::Down)

@@ -1,8 +1,8 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use vsocket_channel::layout::Geometry;
 use vsocket_channel::Side;
+use vsocket_channel::layout::Geometry;
 use vsocket_vxlan::{PayloadAt, decapsulate};
 
 use super::*;
@@ -369,7 +369,10 @@ fn hostile_indices_end_the_flow() {
     assert!(index(|g| g.directions()[0].head.head.store(u64::MAX, Ordering::Relaxed)), "head far ahead");
     assert!(index(|g| g.directions()[0].head.head.store(111 + (1 << 14), Ordering::Relaxed)), "one too far");
     assert!(index(|g| g.directions()[1].tail.tail.store(111, Ordering::Relaxed)), "reads what is not there");
-    assert!(index(|g| g.directions()[1].tail.tail.store(0, Ordering::Relaxed)) == false, "tail back: less space");
+    assert!(
+        index(|g| g.directions()[1].tail.tail.store(0, Ordering::Relaxed)) == false,
+        "tail back: less space"
+    );
 }
 
 #[test]
@@ -403,10 +406,7 @@ fn hostile_segments_are_dropped_by_name() {
     assert_eq!(try_it(|s| s.seq = 101, 5), Err(Fault::Peer(Drop::Sequence)));
     assert_eq!(try_it(|s| s.seq = 99, 5), Err(Fault::Peer(Drop::Sequence)));
     assert_eq!(try_it(|_| {}, (1 << 14) + 1), Err(Fault::Peer(Drop::Window)));
-    assert_eq!(
-        try_it(|s| (s.flags, s.ack) = (Flags::ACK, 101), 0),
-        Err(Fault::Peer(Drop::Acknowledgement))
-    );
+    assert_eq!(try_it(|s| (s.flags, s.ack) = (Flags::ACK, 101), 0), Err(Fault::Peer(Drop::Acknowledgement)));
     assert_eq!(try_it(|s| s.flags = Flags::SYN, 0), Err(Fault::Peer(Drop::Open)));
     assert!(open.is_some() && try_it(|s| s.stay.open = Some(StayOpen { start: 1, escape: 1 }), 0).is_ok());
     let mut fresh = Wire::new([1 << 14; 2]);

@@ -117,7 +117,8 @@ pub fn as_text(answer: &Value) -> String {
                     }
                     Value::Object(counters) if counters.is_empty() => {}
                     Value::Object(counters) => {
-                        let each: Vec<_> = counters.iter().map(|(k, v)| format!("{k} {}", plain(v))).collect();
+                        let each: Vec<_> =
+                            counters.iter().map(|(k, v)| format!("{k} {}", plain(v))).collect();
                         let _ = writeln!(out, "{name}: {}", each.join(", "));
                     }
                     value => {

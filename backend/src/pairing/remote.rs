@@ -480,8 +480,7 @@ impl Pairing {
         let gone: Vec<_> = self.stays.iter().filter_map(with).collect();
         for (id, generation, Host { flow, peer_flow, phase, .. }) in gone {
             if vni.is_some() && matches!(phase, HostPhase::Asked | HostPhase::Ready) {
-                let message =
-                    PeerMessage::Withdraw { flow, peer_flow, generation, reason: reason as u16 };
+                let message = PeerMessage::Withdraw { flow, peer_flow, generation, reason: reason as u16 };
                 self.effects.push_back(Effect::Peer { peer, message });
             }
             if vni.is_some() && matches!(phase, HostPhase::Unasked(_) | HostPhase::Waiting(_)) {
