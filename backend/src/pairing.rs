@@ -199,6 +199,8 @@ struct Vport {
 /// Another backend's offer, waiting for our end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct RemoteOffer {
+    /// Tenant, and the connection as our end sees it.
+    key: (u32, Tuple),
     peer: u32,
     flow: u64,
     min_generation: u32,
@@ -343,6 +345,7 @@ impl Pairing {
             return self.handle_open(id, program, tuple, min_generation);
         }
         if let Some(end) = self.ends.get_mut(&id) {
+            let raised = min_generation > end.min_generation;
             end.program = program;
             end.min_generation = end.min_generation.max(min_generation);
             end.told = None;
@@ -351,7 +354,9 @@ impl Pairing {
                 EndState::Staying(_) => end.reopened = true,
                 _ => {
                     end.state = EndState::Open;
-                    self.withdraw_offer(id, Reason::Superseded);
+                    if raised {
+                        self.withdraw_offer(id, Reason::Superseded);
+                    }
                     self.ready.push_back(id);
                 }
             }

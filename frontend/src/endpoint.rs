@@ -187,11 +187,11 @@ impl Endpoint<'_> {
             self.break_off();
             return Err(Errno::CONNRESET);
         }
-        let mut space = ring.space(tx.off).map_err(|_| self.violated(Violation::Index))?;
+        let mut space = bound.tx_space(tx.off, len).map_err(|_| self.violated(Violation::Index))?;
         if space == 0 && len > 0 {
             ring.indices.stay.want_space.store(1, Ordering::Relaxed);
             vsocket_channel::bell::publish_fence();
-            space = ring.space(tx.off).map_err(|_| self.violated(Violation::Index))?;
+            space = bound.tx_space(tx.off, len).map_err(|_| self.violated(Violation::Index))?;
             if space == 0 {
                 return Err(Errno::AGAIN);
             }

@@ -114,7 +114,10 @@ impl Pairing {
             let message = PeerMessage::Refuse { flow, peer_flow, generation, reason: reason as u16 };
             self.effects.push_back(Effect::Peer { peer, message });
         } else {
-            self.put_back(id, RemoteOffer { peer, flow: peer_flow, min_generation: generation + 1 });
+            if let Some(key) = self.key_of(id) {
+                let min_generation = generation + 1;
+                self.put_back(id, RemoteOffer { key, peer, flow: peer_flow, min_generation });
+            }
         }
         self.end_stay(id, reason, 1);
         self.settle(id);
@@ -237,16 +240,17 @@ impl Pairing {
             return;
         };
         self.flows.remove(&flow);
-        let Some(end) = self.ends.get_mut(&end_id) else {
-            // Closed meanwhile; the peer's offer is of no use, as this kernel socket is no more.
-            let message = PeerMessage::Revoke { flow, reason: Reason::Ending as u16 };
-            return self.effects.push_back(Effect::Peer { peer: offer.peer, message });
-        };
-        end.offer = Some(flow);
-        let tuple = end.tuple;
-        self.flows.insert(flow, FlowUse::Offer(end_id));
-        let vni = self.vni(end_id);
-        self.remote_offers.entry((vni, tuple)).or_insert(offer);
+        self.remote_offers.entry(offer.key).or_insert(offer);
+        match self.ends.get_mut(&end_id) {
+            Some(end) => {
+                end.offer = Some(flow);
+                self.flows.insert(flow, FlowUse::Offer(end_id));
+            }
+            None => {
+                let message = PeerMessage::Revoke { flow, reason: Reason::Ending as u16 };
+                self.effects.push_back(Effect::Peer { peer: offer.peer, message });
+            }
+        }
     }
 
     /// What has become possible when a party of a fabric stay is ready.
@@ -326,7 +330,8 @@ impl Pairing {
         if self.remote_offers.len() >= MAX_OFFERS {
             return Err(Dropped::Crowded);
         }
-        self.remote_offers.insert((vni, ours), RemoteOffer { peer, flow, min_generation });
+        let key = (vni, ours);
+        self.remote_offers.insert(key, RemoteOffer { key, peer, flow, min_generation });
         if let Some(id) = self.by_tuple.get(&(vni, ours)) {
             self.ready.push_back(*id);
         }
@@ -372,18 +377,30 @@ impl Pairing {
         rx: RegionRef,
         segments: &mut impl Segments,
     ) -> Result<(), Reason> {
-        let Some(FlowUse::Offer(id)) = self.flows.get(&own).copied() else { return Err(Reason::PeerNotOpen) };
+        let Some(FlowUse::Offer(id)) = self.flows.get(&own).copied() else {
+            // Taken back while this was under way. The leader's offer is used up all the same.
+            self.remote_offers.retain(|_, offer| (offer.peer, offer.flow) != (peer, flow));
+            return Err(Reason::PeerNotOpen);
+        };
         let vni = self.vni(id);
-        let Some(end) = self.ends.get_mut(&id) else { return Err(Reason::PeerNotOpen) };
-        let tuple = end.tuple;
-        if self.remote_offers.get(&(vni, tuple)).is_none_or(|o| o.peer != peer || o.flow != flow) {
-            return Err(Reason::Superseded);
+        let Some(tuple) = self.ends.get(&id).map(|end| end.tuple) else { return Err(Reason::PeerNotOpen) };
+        if self.place_of(vni, tuple) != Some(peer) {
+            return Err(Reason::Violation);
         }
         // Whatever happens now, both offers are used up.
-        self.remote_offers.remove(&(vni, tuple));
+        let Some(end) = self.ends.get_mut(&id) else { return Err(Reason::PeerNotOpen) };
         self.flows.remove(&own);
         end.offer = None;
         let (state, least) = (end.state, end.min_generation);
+        match self.remote_offers.get(&(vni, tuple)) {
+            Some(offer) if (offer.peer, offer.flow) == (peer, flow) => {
+                self.remote_offers.remove(&(vni, tuple));
+            }
+            _ => {
+                self.ready.push_back(id);
+                return Err(Reason::Superseded);
+            }
+        }
         self.ready.push_back(id);
         if state == EndState::Resting {
             return Err(Reason::Busy);
@@ -479,9 +496,13 @@ impl Pairing {
         };
         let gone: Vec<_> = self.stays.iter().filter_map(with).collect();
         for (id, generation, Host { flow, peer_flow, phase, .. }) in gone {
+            let mut say = |message| self.effects.push_back(Effect::Peer { peer, message });
             if vni.is_some() && matches!(phase, HostPhase::Asked | HostPhase::Ready) {
-                let message = PeerMessage::Withdraw { flow, peer_flow, generation, reason: reason as u16 };
-                self.effects.push_back(Effect::Peer { peer, message });
+                say(PeerMessage::Withdraw { flow, peer_flow, generation, reason: reason as u16 });
+            }
+            if vni.is_some() && phase == HostPhase::Asked {
+                // Its end may begin only now, on the next queue pair; nothing was or will be written to it.
+                say(PeerMessage::Withdrawn { flow, peer_flow, generation });
             }
             if vni.is_some() && matches!(phase, HostPhase::Unasked(_) | HostPhase::Waiting(_)) {
                 self.end_stay(id, reason, usize::MAX);
@@ -497,16 +518,27 @@ impl Pairing {
         (stay.generation == generation && host.peer == peer).then_some(id)
     }
 
+    /// Tenant and connection of a stay's guest.
+    fn key_of(&self, stay: u64) -> Option<(u32, Tuple)> {
+        let Party::Guest(Guest { end, .. }) = self.stays.get(&stay)?.parties[0] else { return None };
+        Some((self.vni(end), self.ends.get(&end)?.tuple))
+    }
+
     fn is_local(&self, vni: u32, address: SocketAddr) -> bool {
         matches!(self.place(vni, address.ip()), Place::Vport(_))
     }
 
-    /// The peer that an offer of this end went to.
-    fn offer_peer(&self, id: EndId, tuple: Tuple) -> Option<u32> {
-        match self.place(self.vni(id), tuple.remote.ip()) {
+    /// The peer that the other end of this connection is at.
+    fn place_of(&self, vni: u32, tuple: Tuple) -> Option<u32> {
+        match self.place(vni, tuple.remote.ip()) {
             Place::Peer(peer, _) => Some(peer),
             _ => None,
         }
+    }
+
+    /// The peer that an offer of this end went to.
+    fn offer_peer(&self, id: EndId, tuple: Tuple) -> Option<u32> {
+        self.place_of(self.vni(id), tuple)
     }
 
     fn revoke(&mut self, id: EndId, tuple: Tuple, flow: u64, reason: Reason) {

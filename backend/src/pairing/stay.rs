@@ -249,6 +249,12 @@ impl Pairing {
                 let message = PeerMessage::Withdraw { flow, peer_flow, generation, reason };
                 self.effects.push_back(Effect::FlowStop { flow });
                 self.effects.push_back(Effect::Peer { peer, message });
+                if phase == HostPhase::Asked {
+                    // We do not know where it receives, so nothing was written; and it may have no flow yet that
+                    // would take our last word on the queue pair.
+                    let message = PeerMessage::Withdrawn { flow, peer_flow, generation };
+                    self.effects.push_back(Effect::Peer { peer, message });
+                }
             }
             HostPhase::Waiting(_) => {
                 host.phase = HostPhase::Quiet;

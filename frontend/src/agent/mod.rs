@@ -21,6 +21,7 @@ mod program;
 mod registry;
 pub mod report;
 mod signal;
+mod slice;
 
 use crate::carrier::Carrier;
 use liveness::Liveness;
@@ -160,6 +161,7 @@ struct Agent {
 /// [`Error`], if it cannot start or the kernel refuses to wait.
 pub fn run(options: Options) -> Result<(), Error> {
     raise_descriptor_limit();
+    slice::ask();
     let signals = signal::descriptor().map_err(system("receive signals"))?;
     let listener = listen(&options.socket)?;
     let poll = Poll::new().map_err(system("wait for events"))?;
