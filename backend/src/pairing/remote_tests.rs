@@ -1,4 +1,5 @@
 //! Two hosts' pairings, joined by queues; the agents and the queue pair are played.
+#![allow(clippy::needless_range_loop)] // a host's number picks from several arrays
 
 use super::tests::{Segs, facts};
 use super::*;
