@@ -3,6 +3,8 @@
 //! One pass takes what the fabric has received, lets each flow send what it has, and hands all of it to the fabric at
 //! once. What changes the life of a flow is only noted here, and done by the control side after the pass.
 
+#![forbid(unsafe_code)]
+
 use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};

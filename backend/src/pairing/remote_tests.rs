@@ -4,6 +4,8 @@
 use super::tests::{Segs, facts};
 use super::*;
 use crate::directory::Place as Where;
+use crate::peer::message::{PeerMessage, RegionRef};
+use vsocket_channel::Side;
 
 const ENDS: [EndId; 2] = [EndId { vport: 0, conn: 1 }, EndId { vport: 0, conn: 2 }];
 
