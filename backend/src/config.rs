@@ -21,7 +21,7 @@ pub mod raw;
 pub const DEFAULT_MAX_CONNECTIONS: u32 = 1024;
 
 /// One ring: holds 8 × 128 KiB, so that sender and receiver work apart, and a few of them still fit a cache.
-pub const DEFAULT_RING_BYTES: u32 = 1 << 20;
+pub const DEFAULT_RING_BYTES: u32 = 256 << 10;
 
 /// Smaller rings cannot hold a segment and its successor.
 pub const MIN_RING_BYTES: u32 = 16 << 10;

@@ -161,11 +161,26 @@ struct Rx {
     head: u64,
     /// The peer knows that it may send below.
     told: u64,
-    ack_due: bool,
+    /// Something is to be acknowledged: at once, or when there is enough of it, with what goes the other way, or before
+    /// the backend sleeps.
+    ack: Ack,
+    /// The peer knows that we hold everything below.
+    acked: u64,
     /// A RST is due, with these flags.
     reset: Option<Flags>,
     /// Nobody here takes the bytes: the reader is gone, or had closed the generation. What comes is dropped.
     gone: bool,
+}
+
+/// What is to be acknowledged.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+enum Ack {
+    #[default]
+    Nothing,
+    /// Bytes, which can wait.
+    Bytes,
+    /// The stay, which the far guest waits for.
+    Stay,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -235,12 +250,14 @@ impl Flow {
         &self.view.header().directions[from]
     }
 
-    /// Sends what there is to send, and rings for what was received. Says whether there was anything.
+    /// Sends what there is to send, and rings for what was received. Says whether there was anything. `resting` says that
+    /// the backend is about to sleep: then nothing is left unacknowledged. Before, an acknowledgement of bytes waits for
+    /// bytes that go the other way, or for an eighth of the ring: alone it would be half of all segments.
     ///
     /// # Errors
     ///
     /// [`BadIndex`] of the guest: the flow must be withdrawn.
-    pub fn pump(&mut self, out: &mut impl Transmit) -> Result<bool, BadIndex> {
+    pub fn pump(&mut self, out: &mut impl Transmit, resting: bool) -> Result<bool, BadIndex> {
         if self.life != Life::Running {
             return Ok(self.finish(out));
         }
@@ -264,7 +281,13 @@ impl Flow {
         }
         let grown = self.rx.head.wrapping_add(free).wrapping_sub(self.rx.told) as i64;
         let update = grown >= (self.view.rings[1].len() / 4) as i64;
-        if self.rx.open && (self.rx.ack_due || update) {
+        let held = self.rx.head.wrapping_sub(self.rx.acked) as usize;
+        let due = match self.rx.ack {
+            Ack::Nothing => false,
+            Ack::Bytes => resting || held >= self.view.rings[1].len() / 8,
+            Ack::Stay => true,
+        };
+        if self.rx.open && (due || update) {
             worked |= self.send(out, Flags::ACK, self.tx.fwd, None, free, &[]);
         }
         Ok(worked)
@@ -407,7 +430,8 @@ impl Flow {
             return false;
         }
         if self.rx.open {
-            self.rx.ack_due = false;
+            self.rx.ack = Ack::Nothing;
+            self.rx.acked = self.rx.head;
             let window = u64::from(window >> WINDOW_SHIFT << WINDOW_SHIFT);
             self.rx.told = self.rx.head.wrapping_add(window);
         }

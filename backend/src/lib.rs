@@ -33,4 +33,5 @@ pub mod operator;
 pub mod pairing;
 pub mod peer;
 pub mod slab;
+mod slice;
 pub mod vport;

@@ -83,6 +83,23 @@ pub fn tuple(fd: impl AsFd) -> io::Result<Tuple> {
     Ok(Tuple::new(local, plain(remote.ok_or(rustix::io::Errno::NOTCONN)?)?))
 }
 
+/// Process and user at the other end of a UNIX socket. The process is 0 if it lives in a namespace that we do not see.
+pub fn peer_credentials(fd: impl AsFd) -> io::Result<(i32, u32)> {
+    let mut peer = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: the pointers name `peer` and `len`, which outlive the call; the kernel writes at most `len` bytes.
+    let got = unsafe {
+        libc::getsockopt(
+            fd.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            std::ptr::from_mut(&mut peer).cast(),
+            &raw mut len,
+        )
+    };
+    if got == 0 { Ok((peer.pid, peer.uid)) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Aborts the connection: a reset goes out at once, whoever else holds a duplicate (`connect` to `AF_UNSPEC`).
 pub fn abort(fd: impl AsFd) {
     let _ = rustix::net::connect_unspec(fd);

@@ -14,7 +14,11 @@
 
 pub mod lane;
 
+#[cfg(feature = "daemon")]
+pub mod agent;
 pub mod carrier;
+#[cfg(feature = "daemon")]
+pub mod cli;
 pub mod endpoint;
 pub mod kernel;
 pub mod memory;

@@ -6,7 +6,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 use std::io;
 use vsocket_channel::Side;
 use vsocket_channel::layout::{Bell, Geometry, LAYOUT_VERSION, SLAB_MAGIC, SegmentHeader, SlabHeader};
-use vsocket_channel::ring::{Bytes, Ring};
+use vsocket_channel::ring::{BadIndex, Bytes, Ring};
 use vsocket_channel::sync::Ordering;
 
 /// A shared mapping.
@@ -114,6 +114,9 @@ pub struct Bound {
     pub far: std::sync::Arc<Vec<OwnedFd>>,
     tx: Bytes,
     rx: Bytes,
+    /// The consumer's index as it was last read: the line it stands in is the consumer's, and reading it costs a transfer
+    /// between processors. Used under the sender's lock.
+    seen_tail: std::sync::atomic::AtomicU64,
 }
 
 impl Bound {
@@ -126,7 +129,8 @@ impl Bound {
     ) -> Option<Self> {
         let (side, index) = (segment.side, segment.index);
         let (tx, rx) = (slab.bytes(index, side)?, slab.bytes(index, side.other())?);
-        Some(Self { generation, lane: segment.lane, side, index, slab, far, tx, rx })
+        let seen_tail = std::sync::atomic::AtomicU64::new(u64::MAX);
+        Some(Self { generation, lane: segment.lane, side, index, slab, far, tx, rx, seen_tail })
     }
 
     /// The segment's shared words.
@@ -142,6 +146,22 @@ impl Bound {
     /// The ring that this end empties.
     pub fn rx(&self) -> Ring<'_> {
         Ring { indices: &self.header().directions[self.side.other().index()], bytes: &self.rx }
+    }
+
+    /// Bytes that may be written to the ring now, at least `want` if there are as many; under the sender's lock.
+    ///
+    /// # Errors
+    ///
+    /// [`BadIndex`] if the consumer's index lies outside what was produced.
+    pub fn tx_space(&self, head: u64, want: usize) -> Result<usize, BadIndex> {
+        let used = head.wrapping_sub(self.seen_tail.load(Ordering::Relaxed));
+        let size = self.tx.len();
+        if used as usize <= size && size - used as usize >= want.min(size) {
+            return Ok(size - used as usize);
+        }
+        let space = self.tx().space(head)?;
+        self.seen_tail.store(head.wrapping_sub((size - space) as u64), Ordering::Relaxed);
+        Ok(space)
     }
 
     /// Rings the far side's waiters of this connection that have announced their sleep. To be called after something

@@ -7,6 +7,7 @@ use crate::lane::tx::TxState;
 use std::cell::UnsafeCell;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 /// Records in one program's memory; a program with more connections on lanes keeps the rest on TCP.
 pub const RECORDS: u32 = 16384;
@@ -35,11 +36,14 @@ pub mod status {
     pub const TX_STATE: u32 = TX_RING | TX_DRAINING;
 }
 
-/// A robust lock around one direction's state.
+/// A robust lock around one direction's state. The state is stored as a whole: its owner works on a copy, writes it to
+/// the slot that is not current, and then makes that one current, so that whoever takes over from a dead owner finds
+/// the state before or after a step, never a mixture.
 #[repr(C, align(64))]
 pub struct Locked<T> {
     mutex: UnsafeCell<MaybeUninit<libc::pthread_mutex_t>>,
-    state: UnsafeCell<T>,
+    current: AtomicU32,
+    slots: [UnsafeCell<T>; 2],
 }
 
 // SAFETY: the state is reached only through a guard, which holds the process-shared mutex.
@@ -52,11 +56,14 @@ pub enum LockError {
     Reentered,
     /// The record is garbled.
     Garbled,
+    /// Its owner kept it for longer than the caller would wait.
+    Busy,
 }
 
 /// Access to a direction's state.
-pub struct Guard<'a, T> {
+pub struct Guard<'a, T: Copy> {
     lock: &'a Locked<T>,
+    state: T,
     /// The owner before died with the lock held: the state may be behind the kernel.
     pub recovered: bool,
 }
@@ -74,44 +81,78 @@ impl<T: Copy> Locked<T> {
             libc::pthread_mutexattr_settype(attr.as_mut_ptr(), libc::PTHREAD_MUTEX_ERRORCHECK);
             *self.mutex.get() = MaybeUninit::zeroed();
             libc::pthread_mutex_init(self.mutex.get().cast(), attr.as_ptr());
-            *self.state.get() = state;
+            *self.slots[0].get() = state;
         }
+        self.current.store(0, Ordering::Release);
     }
 
     /// Takes the lock. It is never held across a wait in the kernel, so this is short.
     pub fn lock(&self) -> Result<Guard<'_, T>, LockError> {
         // SAFETY: the mutex was initialised by `init` before the record was handed out, and lives in mapped memory.
-        let got = unsafe { libc::pthread_mutex_lock(self.mutex.get().cast()) };
+        self.taken(unsafe { libc::pthread_mutex_lock(self.mutex.get().cast()) })
+    }
+
+    /// Takes the lock as [`Locked::lock`] does, but waits no longer than this: its owner may be stopped.
+    pub fn lock_within(&self, most: Duration) -> Result<Guard<'_, T>, LockError> {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+        let nanos = now.tv_nsec + i64::from(most.subsec_nanos());
+        let until = libc::timespec {
+            tv_sec: now.tv_sec + most.as_secs() as i64 + nanos / 1_000_000_000,
+            tv_nsec: nanos % 1_000_000_000,
+        };
+        // SAFETY: as in `lock`; the deadline outlives the call.
+        self.taken(unsafe { libc::pthread_mutex_timedlock(self.mutex.get().cast(), &raw const until) })
+    }
+
+    fn guard(&self, recovered: bool) -> Guard<'_, T> {
+        let current = self.current.load(Ordering::Acquire) as usize & 1;
+        // SAFETY: the caller has just taken the mutex, so nobody writes the slot.
+        let state = unsafe { *self.slots[current].get() };
+        Guard { lock: self, state, recovered }
+    }
+
+    fn taken(&self, got: libc::c_int) -> Result<Guard<'_, T>, LockError> {
         match got {
-            0 => Ok(Guard { lock: self, recovered: false }),
+            0 => Ok(self.guard(false)),
             libc::EOWNERDEAD => {
                 // SAFETY: we hold the mutex, in the state that EOWNERDEAD leaves it.
                 unsafe { libc::pthread_mutex_consistent(self.mutex.get().cast()) };
-                Ok(Guard { lock: self, recovered: true })
+                Ok(self.guard(true))
             }
             libc::EDEADLK => Err(LockError::Reentered),
+            libc::ETIMEDOUT => Err(LockError::Busy),
             _ => Err(LockError::Garbled),
         }
     }
 }
 
-impl<T> std::ops::Deref for Guard<'_, T> {
+impl<T: Copy> std::ops::Deref for Guard<'_, T> {
     type Target = T;
     fn deref(&self) -> &T {
-        // SAFETY: the guard holds the lock.
-        unsafe { &*self.lock.state.get() }
+        &self.state
     }
 }
 
-impl<T> std::ops::DerefMut for Guard<'_, T> {
+impl<T: Copy> std::ops::DerefMut for Guard<'_, T> {
     fn deref_mut(&mut self) -> &mut T {
-        // SAFETY: the guard holds the lock, and borrows itself mutably.
-        unsafe { &mut *self.lock.state.get() }
+        &mut self.state
     }
 }
 
-impl<T> Drop for Guard<'_, T> {
+impl<T: Copy> Guard<'_, T> {
+    /// Stores the state: to be called before what it says is shown to anybody else. Dropping the guard stores it too.
+    pub fn commit(&self) {
+        let next = self.lock.current.load(Ordering::Relaxed) & 1 ^ 1;
+        // SAFETY: the guard holds the mutex, and the slot that is not current belongs to its holder.
+        unsafe { *self.lock.slots[next as usize].get() = self.state };
+        // Release: the slot is whole before it is current, also for who takes over when this thread dies in between.
+        self.lock.current.store(next, Ordering::Release);
+    }
+}
+
+impl<T: Copy> Drop for Guard<'_, T> {
     fn drop(&mut self) {
+        self.commit();
         // SAFETY: this thread holds the mutex.
         unsafe { libc::pthread_mutex_unlock(self.lock.mutex.get().cast()) };
     }
@@ -209,5 +250,19 @@ mod tests {
         assert_eq!(record.tx.lock().err(), Some(LockError::Reentered));
         drop(guard);
         assert!(!record.tx.lock().unwrap().recovered);
+    }
+
+    #[test]
+    fn a_stopped_owner_is_not_waited_for() {
+        // SAFETY: zeroed atomics and mutexes are valid until `init`.
+        let record: Box<Record> = unsafe { Box::new(MaybeUninit::zeroed().assume_init()) };
+        record.init(0, 0, false);
+        let held = record.rx.lock().unwrap();
+        std::thread::scope(|s| {
+            let other = || record.rx.lock_within(Duration::from_millis(20)).err();
+            assert_eq!(s.spawn(other).join().unwrap(), Some(LockError::Busy));
+        });
+        drop(held);
+        assert!(record.rx.lock_within(Duration::ZERO).is_ok());
     }
 }

@@ -50,7 +50,7 @@ fn a_good_file_means_what_it_says() {
         config.peer(&HostName::new("h2").unwrap()).unwrap().control,
         "192.0.2.2:4791".parse().unwrap()
     );
-    assert_eq!((config.vports[0].ring_bytes, config.vports[0].max_connections), (1 << 20, 1024));
+    assert_eq!((config.vports[0].ring_bytes, config.vports[0].max_connections), (256 << 10, 1024));
     assert_eq!((config.vports[1].ring_bytes, config.vports[1].max_connections), (65536, 7));
     let place = config.directory.find(100, "198.51.100.3".parse().unwrap()).unwrap();
     assert_eq!((place.host.as_str(), place.mac.0[5]), ("h2", 3));

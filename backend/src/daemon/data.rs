@@ -154,8 +154,8 @@ impl Data {
         &self.entries
     }
 
-    /// One pass. Says whether it found anything to do.
-    pub fn pass(&mut self, drops: &mut Named) -> bool {
+    /// One pass. Says whether it found anything to do. `resting`: before a sleep, nothing is left unacknowledged.
+    pub fn pass(&mut self, drops: &mut Named, resting: bool) -> bool {
         let heard = self.hear(drops);
         let mut sent = false;
         for entry in &mut self.entries {
@@ -165,7 +165,7 @@ impl Data {
             let fabric = &mut *self.fabric;
             let Entry { qp, lkey, far, ref bells, .. } = *entry;
             let mut out = Out { fabric, qp, lkey, far, bells, posted: false, broken: false };
-            let result = entry.flow.pump(&mut out);
+            let result = entry.flow.pump(&mut out, resting);
             self.left |= entry.leaving && !entry.flow.owes_end();
             let reason = match result {
                 Ok(worked) => {

@@ -100,6 +100,7 @@ impl Link for Control {
 /// [`Error`].
 pub fn run(config: Config) -> Result<(), Error> {
     raise_descriptors();
+    crate::slice::ask();
     let mut daemon = Daemon::with_backends(config)?;
     daemon.watch_signals().map_err(Error::System)?;
     tracing::info!(host = daemon.host, "serving");

@@ -8,7 +8,7 @@ use vsocket_channel::bell::publish_fence;
 use vsocket_channel::lane::Stay as LaneStay;
 use vsocket_vxlan::{Flags, Segment, StayOpen};
 
-use super::{Drop, Fault, Flow, Heard, Life, Rx};
+use super::{Ack, Drop, Fault, Flow, Heard, Life, Rx};
 
 impl Flow {
     /// A segment of this flow and generation; `payload` if it came in the SEND, else `len` bytes have gone ahead.
@@ -46,7 +46,7 @@ impl Flow {
         let stay = LaneStay { generation, start: open.start, escape: open.escape };
         if self.direction(1).publish_stay(stay) {
             let (head, told) = (open.start, open.start);
-            self.rx = Rx { open: true, head, told, ack_due: true, ..Rx::default() };
+            self.rx = Rx { open: true, head, told, ack: Ack::Stay, acked: head, ..Rx::default() };
         } else {
             self.rx = Rx { gone: true, reset: Some(Flags::RST), ..Rx::default() };
         }
@@ -126,7 +126,9 @@ impl Flow {
         let head = self.rx.head.wrapping_add(len as u64);
         ring.publish(head);
         self.rx.head = head;
-        self.rx.ack_due = true;
+        if self.rx.ack == Ack::Nothing {
+            self.rx.ack = Ack::Bytes;
+        }
         self.ring_due = true;
         self.traffic.rx_bytes += len as u64;
         self.traffic.rx_segments += 1;

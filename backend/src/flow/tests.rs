@@ -145,7 +145,7 @@ impl Wire {
             writes: &mut self.writes,
             rings: &mut self.rings,
         };
-        self.flows[n].pump(&mut out)
+        self.flows[n].pump(&mut out, true)
     }
 
     fn deliver(&mut self, n: usize) {

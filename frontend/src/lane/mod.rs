@@ -4,6 +4,13 @@
 //! methods say what to do next and are told what was done. The caller owns sockets, rings and clocks. One direction
 //! has a [`tx::TxState`] at its sender and an [`rx::RxState`] at its receiver; what travels between them on the anchor
 //! is `raw | escape REWIND raw | …`.
+//!
+//! Any process may die between two steps, so the order in which they take effect counts:
+//! - A state is stored as a whole (two slots and an index, say), never field by field.
+//! - The sender records ring bytes, then publishes the stay and the ring's head; it writes to the anchor, then records.
+//! - The receiver takes raw bytes, then records them; of a frame it stores the verdict, then takes the frame.
+//! - Who takes a lock over begins with [`tx::TxState::recover`] and, on the ring, [`tx::TxState::seal`]; or with
+//!   [`rx::RxState::recover`].
 
 pub mod rx;
 pub mod tx;

@@ -179,6 +179,25 @@ impl RxState {
         Ok(Verdict::Rewound)
     }
 
+    /// The lock was taken over from a dead owner: `wire` bytes of the anchor have been taken from the kernel. Raw bytes that
+    /// the owner took and did not record are gone with it, as from any socket. Returns how many bytes of a judged frame
+    /// it did not take: they are to be taken now. The ring's tail is to be published again.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation::Counters`] if the kernel gave more than could be asked for, or less than was recorded.
+    pub fn recover(&mut self, wire: u64) -> Result<u64, Violation> {
+        if let Some(untaken) = self.wire.checked_sub(wire) {
+            return if untaken <= REWIND_LEN as u64 { Ok(untaken) } else { Err(Violation::Counters) };
+        }
+        let unseen = wire - self.wire;
+        match self.source() {
+            Source::Raw { limit, .. } if unseen <= limit => self.took_raw(unseen),
+            _ => return Err(Violation::Counters),
+        }
+        Ok(0)
+    }
+
     /// Closes the open generation, after `Direction::close_unopened` said that no stay is published in it, or because it
     /// has ended.
     pub fn close(&mut self) {
@@ -234,6 +253,23 @@ mod tests {
             assert_eq!(at_start().judge(&frame, 24), Err(Violation::Rewind));
         }
         assert_eq!(at_start().judge(b"eeeeeeeeeeeeeeee", 24), Err(Violation::Rewind));
+    }
+
+    #[test]
+    fn a_taken_over_lock_learns_from_the_kernel() {
+        let mut rx = RxState::new(10);
+        rx.prepare(5).unwrap();
+        assert_eq!(rx.recover(10), Ok(0));
+        assert_eq!(rx.recover(14), Ok(0));
+        assert_eq!((rx.off, rx.raw, rx.wire), (14, 14, 14));
+        rx.learn(STAY);
+        assert_eq!(rx.recover(21), Err(Violation::Counters));
+        rx.took_raw(6);
+        rx.took_ring(4);
+        let frame = Rewind { generation: 5, resume: 22 }.encode(b'e');
+        assert_eq!(rx.judge(&frame, 24), Ok(Verdict::Rewound));
+        assert_eq!(rx.recover(20), Ok(16));
+        assert_eq!(rx.recover(19), Err(Violation::Counters));
     }
 
     #[test]

@@ -101,9 +101,9 @@ impl TxState {
         self.wire += n;
     }
 
-    /// Begins a stay whose first byte will be `first`. The caller publishes the stay, tells [`TxState::confirm`] if
-    /// the receiver is known to hold it, and must put at least that byte on the ring in the same call: so the byte at
-    /// S is settled, whichever way it will travel.
+    /// Begins a stay whose first byte will be `first`. The caller tells [`TxState::sent_ring`] of at least that byte,
+    /// publishes the stay, and tells [`TxState::confirm`] if the receiver is known to hold it: so the byte at S is
+    /// settled before anyone can see the stay, whichever way it will travel.
     pub fn switch(&mut self, generation: u32, first: u8) -> Stay {
         debug_assert!(self.phase == ANCHOR && generation > self.generation);
         self.phase = RING;
@@ -119,7 +119,8 @@ impl TxState {
         self.confirmed = 1;
     }
 
-    /// The ring took `n` application bytes.
+    /// The ring's memory took `n` application bytes. They are published (the ring's head) after this is stored: the head
+    /// of who dies between must not be ahead of his record.
     pub fn sent_ring(&mut self, n: u64) {
         self.off += n;
         self.on_ring += n;

@@ -26,6 +26,7 @@ const KERNEL_TURN: Duration = Duration::from_micros(50);
 const TOKEN: u64 = 0xd35a_9e1c_0000_0000;
 const TOKEN_MASK: u64 = 0xffff_ffff_0000_0000;
 const NO_FD: u64 = 0xffff_ffff;
+const NOWHERE: u32 = u32::MAX;
 
 /// The real wait on a set.
 type Real<'a> = &'a mut dyn FnMut(&mut [libc::epoll_event], Option<Timespec>) -> Result<usize, Errno>;
@@ -54,7 +55,8 @@ struct Inner {
     /// Followed descriptors that are registered as the application asked.
     plain: HashMap<i32, Interest>,
     hot: Vec<Hot>,
-    index: HashMap<i32, usize>,
+    /// Where a descriptor stands in `hot`, by its number; `NOWHERE` if it does not.
+    index: Vec<u32>,
     slabs: Vec<Arc<SlabEntry>>,
     next: usize,
 }
@@ -162,11 +164,25 @@ pub fn forget_fd(fd: i32) {
 }
 
 impl Inner {
+    fn find(&self, fd: i32) -> Option<usize> {
+        let at = *self.index.get(usize::try_from(fd).ok()?)?;
+        (at != NOWHERE).then_some(at as usize)
+    }
+
+    fn place(&mut self, fd: i32, at: u32) {
+        let fd = fd as usize;
+        if self.index.len() <= fd {
+            self.index.resize(fd + 1, NOWHERE);
+        }
+        self.index[fd] = at;
+    }
+
     fn remove(&mut self, fd: i32) -> bool {
-        let Some(at) = self.index.remove(&fd) else { return false };
+        let Some(at) = self.find(fd) else { return false };
+        self.place(fd, NOWHERE);
         self.hot.swap_remove(at);
-        if let Some(moved) = self.hot.get(at) {
-            self.index.insert(moved.fd, at);
+        if let Some(moved) = self.hot.get(at).map(|h| h.fd) {
+            self.place(moved, at as u32);
         }
         true
     }
@@ -179,6 +195,10 @@ pub fn ctl(epfd: i32, op: i32, fd: i32, event: Option<(u32, u64)>) -> Outcome<i3
     let Some(set) = set_of(epfd) else { return Outcome::Bypass };
     let Ok(mut inner) = set.inner.lock() else { return Outcome::Bypass };
     let interest = event.map(|(events, data)| Interest { events, data });
+    if let Some(at) = inner.find(fd).filter(|at| inner.hot[*at].names(slot.conn_ptr())) {
+        // In the set already: the set's own reference keeps the connection.
+        return Outcome::Done(inner.hot[at].control(op, interest).map(|()| 0));
+    }
     match slot.conn() {
         Some(conn) => {
             let result = set.ctl_held(&mut inner, &conn, op, fd, interest);
@@ -223,29 +243,10 @@ impl EpollSet {
         fd: i32,
         interest: Option<Interest>,
     ) -> Result<(), Errno> {
-        let at = inner.index.get(&fd).copied();
-        let asked = at.is_some_and(|at| inner.hot[at].interest.is_some());
+        // A descriptor number that stands here for an earlier connection.
+        inner.remove(fd);
         match (op, interest) {
-            (libc::EPOLL_CTL_ADD, Some(_)) if asked => Err(Errno::EXIST),
-            (libc::EPOLL_CTL_ADD, Some(interest)) => match at {
-                Some(at) => {
-                    inner.hot[at].renew(interest);
-                    Ok(())
-                }
-                None => self.register(inner, fd, conn, interest, false),
-            },
-            (libc::EPOLL_CTL_MOD, Some(interest)) if asked => {
-                if let Some(at) = at {
-                    inner.hot[at].renew(interest);
-                }
-                Ok(())
-            }
-            (libc::EPOLL_CTL_DEL, _) if asked => {
-                if let Some(at) = at {
-                    inner.hot[at].interest = None;
-                }
-                Ok(())
-            }
+            (libc::EPOLL_CTL_ADD, Some(interest)) => self.register(inner, fd, conn, interest, false),
             (libc::EPOLL_CTL_MOD | libc::EPOLL_CTL_DEL, _) => Err(Errno::NOENT),
             _ => Err(Errno::INVAL),
         }
@@ -272,7 +273,7 @@ impl EpollSet {
         }
         let mut hot = Hot { fd, conn: conn.clone(), interest: None, spent: false, told: (0, false) };
         hot.renew(interest);
-        inner.index.insert(fd, inner.hot.len());
+        inner.place(fd, inner.hot.len() as u32);
         inner.hot.push(hot);
         self.hear(inner, conn);
         Ok(())
@@ -326,8 +327,8 @@ impl EpollSet {
                 continue;
             }
             let fd = (data & !TOKEN_MASK) as i32;
-            if let Some(at) = inner.index.get(&fd) {
-                let conn = &inner.hot[*at].conn;
+            if let Some(at) = inner.find(fd) {
+                let conn = &inner.hot[at].conn;
                 let bits = events as i32;
                 if bits & (libc::EPOLLIN | libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLERR) != 0 {
                     conn.kernel_in.store(1, Ordering::Release);
@@ -384,9 +385,47 @@ impl Hot {
         }
     }
 
+    fn names(&self, conn: *const super::conn::Conn) -> bool {
+        std::ptr::eq(&raw const *self.conn, conn)
+    }
+
+    /// `epoll_ctl` on a connection that the kernel's set holds.
+    fn control(&mut self, op: i32, interest: Option<Interest>) -> Result<(), Errno> {
+        match (op, interest, self.interest.is_some()) {
+            (libc::EPOLL_CTL_ADD, Some(_), true) => Err(Errno::EXIST),
+            (libc::EPOLL_CTL_ADD, Some(interest), false) | (libc::EPOLL_CTL_MOD, Some(interest), true) => {
+                self.renew(interest);
+                Ok(())
+            }
+            (libc::EPOLL_CTL_DEL, _, true) => {
+                self.interest = None;
+                Ok(())
+            }
+            (libc::EPOLL_CTL_MOD | libc::EPOLL_CTL_DEL, _, false) => Err(Errno::NOENT),
+            _ => Err(Errno::INVAL),
+        }
+    }
+
+    /// Whether nothing can be ready, by one look at the shared words: the usual case of a descriptor on its lane.
+    fn quiet(&self, events: u32) -> bool {
+        let record = self.conn.record();
+        let bits = record.status.load(Ordering::Acquire);
+        let usual = status::RX_RING | status::RX_OPEN | status::TX_RING;
+        let only_in = events as i32 & (libc::EPOLLIN | libc::EPOLLOUT) == libc::EPOLLIN;
+        match self.conn.bound() {
+            Some(bound) if only_in && bits == usual => {
+                bound.rx().indices.head.head.load(Ordering::Acquire) == record.rx_off.load(Ordering::Relaxed)
+            }
+            _ => false,
+        }
+    }
+
     /// The event to report, if there is one. `asking`: the kernel may be asked about anchors that had an edge.
     fn event(&mut self, asking: bool) -> Option<libc::epoll_event> {
         let interest = self.interest.filter(|_| !self.spent)?;
+        if !asking && self.quiet(interest.events) {
+            return None;
+        }
         let wanted = PollFlags::from_bits_retain((interest.events & 0xffff) as u16);
         let mut ready = poll::ring_events(&self.conn, wanted);
         let edge =

@@ -98,7 +98,8 @@ pub fn wait_one(fd: i32, slot: &'static Slot, want: Want, deadline: Option<Insta
 
 fn spin_one(conn: &ConnRef, want: Want) -> bool {
     let Some(bound) = conn.bound() else { return false };
-    let crowded = wait::same_cpu(bound, 0);
+    // A full ring means bulk: the reader needs the processor more than we need the moment.
+    let crowded = want == Want::Write || wait::same_cpu(bound, 0);
     let mut spin = Spin::new(conn.spin.load(Ordering::Relaxed), crowded);
     while spin.turn() {
         if is_ready(conn, want) != Some(false) {

@@ -270,7 +270,7 @@ fn after_mut<'a>(bufs: &'a mut [IoSliceMut<'_>], mut skip: usize) -> Vec<IoSlice
 
 fn recv_conn(conn: &ConnRef, bufs: &mut [IoSliceMut<'_>], peek: bool, look: bool) -> Result<usize, Errno> {
     // Cleared before the read: an edge that comes meanwhile stays.
-    let edge = conn.kernel_in.swap(0, Ordering::AcqRel) != 0;
+    let edge = conn.kernel_in.load(Ordering::Relaxed) != 0 && conn.kernel_in.swap(0, Ordering::AcqRel) != 0;
     let got = conn.endpoint().recv(bufs, peek, look || edge);
     // On the ring an edge stays until the ring is empty and the anchor was looked at; off it, more may be there.
     if got.is_ok() && (edge || !conn.record().is(status::RX_RING)) {

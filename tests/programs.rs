@@ -1,0 +1,122 @@
+//! Unmodified programs run accelerated: each connection worth it is on its lane, and so are the bytes.
+
+mod common;
+
+use common::{Before, Lab, Path, Program, v4};
+use serde_json::Value;
+
+const PATHS: [Path; 2] = [Path::SameHost, Path::CrossHost];
+
+fn redis(lab: &Lab, guest: &str) -> Program {
+    let address = v4(guest, 6379).ip().to_string();
+    let options =
+        ["redis-server", "--bind", &address, "--save", "", "--appendonly", "no", "--protected-mode", "no"];
+    lab.serve(guest, 6379, &options)
+}
+
+/// Requests a second, by test.
+fn benchmark(lab: &Lab, path: Path, options: &[&str]) -> Vec<(String, f64)> {
+    let host = v4(path.server(), 6379).ip().to_string();
+    let command = [&["redis-benchmark", "-h", &host, "--csv"], options].concat();
+    let ended = lab.run("a", &command).ends(common::PROGRAM);
+    let (out, err) = (ended.out.clone(), ended.err.clone());
+    ended.ok();
+    assert!(!out.contains("rror") && err.is_empty(), "redis-benchmark: {out}{err}");
+    let cell = |cell: &str| cell.trim_matches('"').to_owned();
+    let rows = out.lines().skip(1).map(|line| line.split(',').map(cell).collect::<Vec<_>>());
+    rows.map(|row| (row[0].clone(), row[1].parse().expect("requests a second"))).collect()
+}
+
+fn redis_benchmark(test: &str, connections: u64, options: &[&str], least_bytes: u64) {
+    for path in PATHS {
+        let lab = Lab::up(&format!("programs-{test}-{}", path.lane()));
+        let _server = redis(&lab, path.server());
+        let before = lab.before(path);
+        let rates = benchmark(&lab, path, options);
+        assert!(!rates.is_empty() && rates.iter().all(|(_, rate)| *rate > 0.0), "{rates:?}");
+        proof(&before, connections, least_bytes);
+    }
+}
+
+fn proof(before: &Before<'_>, connections: u64, least_bytes: u64) {
+    before.upgraded(connections);
+    before.on_lane(least_bytes);
+}
+
+// A GET of redis-benchmark is 36 bytes and its answer at least 5 ("$-1\r\n").
+
+#[test]
+fn redis_get_and_set_with_fifty_connections() {
+    redis_benchmark("redis-c50", 100, &["-t", "set,get", "-n", "400000", "-c", "50"], 400_000 * 2 * 36);
+}
+
+#[test]
+fn redis_get_with_one_connection() {
+    redis_benchmark("redis-c1", 1, &["-t", "get", "-n", "100000", "-c", "1"], 99_000 * 41);
+}
+
+#[test]
+fn redis_get_pipelined() {
+    let options = ["-t", "get", "-n", "1000000", "-c", "50", "-P", "16"];
+    redis_benchmark("redis-p16", 50, &options, 990_000 * 41);
+}
+
+/// A new connection for each request: none is worth an upgrade, and all requests are answered.
+#[test]
+fn redis_with_a_connection_per_request_stays_on_tcp() {
+    for path in PATHS {
+        let lab = Lab::up(&format!("programs-redis-k0-{}", path.lane()));
+        let _server = redis(&lab, path.server());
+        let before = lab.before(path);
+        benchmark(&lab, path, &["-t", "get", "-n", "20000", "-c", "50", "-k", "0"]);
+        before.none_upgraded();
+    }
+}
+
+#[test]
+fn iperf3_one_stream() {
+    for path in PATHS {
+        let lab = Lab::up(&format!("programs-iperf3-{}", path.lane()));
+        let address = v4(path.server(), 5201).ip().to_string();
+        let _server = lab.serve(path.server(), 5201, &["iperf3", "-s", "-B", &address]);
+        for reverse in [&[][..], &["-R"]] {
+            let before = lab.before(path);
+            let command = [&["iperf3", "-c", &address, "-J", "-n", "8G"], reverse].concat();
+            let result: Value = serde_json::from_str(&lab.run("a", &command).ok()).expect("JSON of iperf3");
+            let bytes = |way: &str| result["end"][way]["bytes"].as_u64().expect("bytes moved");
+            assert!(result["error"].is_null() && bytes("sum_received") >= 7 << 30, "{result}");
+            proof(&before, 1, bytes("sum_received") / 100 * 99);
+        }
+    }
+}
+
+#[test]
+fn iperf3_four_streams_both_ways() {
+    for path in PATHS {
+        let lab = Lab::up(&format!("programs-iperf3-bidir-{}", path.lane()));
+        let address = v4(path.server(), 5201).ip().to_string();
+        let _server = lab.serve(path.server(), 5201, &["iperf3", "-s", "-B", &address]);
+        let before = lab.before(path);
+        let command = ["iperf3", "-c", &address, "-J", "-t", "2", "-P", "4", "--bidir"];
+        let result: Value = serde_json::from_str(&lab.run("a", &command).ok()).expect("JSON of iperf3");
+        assert!(result["error"].is_null(), "{result}");
+        before.upgraded(8);
+    }
+}
+
+#[test]
+fn sockperf_ping_pong() {
+    for path in PATHS {
+        let lab = Lab::up(&format!("programs-sockperf-{}", path.lane()));
+        let address = v4(path.server(), 6401).ip().to_string();
+        let _server =
+            lab.serve(path.server(), 6401, &["sockperf", "server", "--tcp", "-i", &address, "-p", "6401"]);
+        let before = lab.before(path);
+        let options = ["--tcp", "--msg-size", "64", "--time", "1", "--mps", "400000"];
+        let client = [&["sockperf", "ping-pong", "-i", &address, "-p", "6401"][..], &options].concat();
+        let out = lab.run("a", &client).ok();
+        assert!(out.contains("percentile 50.0"), "{out}");
+        assert!(out.contains("# dropped messages = 0; # duplicated messages = 0"), "{out}");
+        proof(&before, 1, 1_000_000);
+    }
+}
