@@ -118,7 +118,7 @@ impl Agent {
             return;
         }
         warn!("the backend is gone");
-        self.liveness.reset();
+        self.liveness.reset(self.now);
         self.leave_what_needs_the_backend(false);
     }
 
@@ -185,7 +185,7 @@ impl Agent {
             }
             Message::Withdraw { conn, generation, reason } => self.withdraw(conn, Some(generation), reason),
             Message::Pong { .. } => {
-                if self.liveness.handle_pong() {
+                if self.liveness.handle_pong(self.now) {
                     info!("the backend answers again");
                     self.follow_all();
                 }

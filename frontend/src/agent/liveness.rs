@@ -7,7 +7,8 @@
 //! | awake | looked, nothing is | asleep, after the programs were told and one more look |
 //! | awake | no pong for 500 ms | silent: fabric lanes are left, and none is opened |
 //! | silent | every 200 ms | one more ping |
-//! | silent | a pong | asleep, or awake; connections are opened again |
+//! | silent | a pong | awake; connections are opened again |
+//! | awake or silent | the backend goes | awake: a program that rang once will not ring again before it is told |
 
 use std::time::{Duration, Instant};
 
@@ -67,15 +68,21 @@ impl Liveness {
     }
 
     /// The backend has answered. Whether it had been silent.
-    pub fn handle_pong(&mut self) -> bool {
+    pub fn handle_pong(&mut self, now: Instant) -> bool {
         self.asked = None;
         self.under_way = 0;
-        self.silent.take().is_some()
+        let was_silent = self.silent.take().is_some();
+        if was_silent {
+            // The programs were never told that the watch sleeps, so it is awake.
+            self.look_at = Some(now + LOOK);
+        }
+        was_silent
     }
 
-    /// The backend is another one, or none.
-    pub fn reset(&mut self) {
-        *self = Self { last: self.last, ..Self::default() };
+    /// The backend is another one, or none. A watch that was not asleep stays awake: the programs will not wake it.
+    pub fn reset(&mut self, now: Instant) {
+        let awake = self.look_at.is_some() || self.asked.is_some() || self.silent.is_some();
+        *self = Self { last: self.last, look_at: awake.then_some(now + LOOK), ..Self::default() };
     }
 
     /// When [`Liveness::poll`] has something.
@@ -141,7 +148,7 @@ mod tests {
         let t = Instant::now();
         assert_eq!(live.handle_look(true, t), Some(Task::Ping(1)));
         assert_eq!(live.handle_look(true, at(t, 100)), None);
-        assert!(!live.handle_pong());
+        assert!(!live.handle_pong(at(t, 100)));
         assert_eq!(live.poll(at(t, 600)), Some(Task::Look));
         assert_eq!(live.handle_look(true, at(t, 600)), Some(Task::Ping(2)));
     }
@@ -160,9 +167,10 @@ mod tests {
         assert_eq!(live.poll(at(t, 500)), None);
         assert_eq!(live.next_deadline(), Some(at(t, 700)));
         assert_eq!(live.poll(at(t, 700)), Some(Task::Ping(3)));
-        assert!(live.handle_pong());
+        assert!(live.handle_pong(at(t, 700)));
         assert!(!live.is_silent());
-        assert_eq!(live.next_deadline(), None);
+        // Who rang before was not told that the watch sleeps, and will not ring again: it is awake.
+        assert_eq!(live.next_deadline(), Some(at(t, 800)));
     }
 
     #[test]
@@ -183,8 +191,11 @@ mod tests {
         let t = Instant::now();
         live.handle_look(true, t);
         live.poll(at(t, 500));
-        live.reset();
+        live.reset(at(t, 500));
         assert!(!live.is_silent());
-        assert_eq!(live.next_deadline(), None);
+        assert_eq!(live.next_deadline(), Some(at(t, 600)));
+        let mut asleep = Liveness::default();
+        asleep.reset(t);
+        assert_eq!(asleep.next_deadline(), None);
     }
 }
