@@ -65,6 +65,19 @@ pub fn control() -> Option<BorrowedFd<'static>> {
     (fd >= 0).then(|| unsafe { BorrowedFd::borrow_raw(fd) })
 }
 
+/// Counts the control sockets that this process has had.
+static CONTROL_EPOCH: AtomicU32 = AtomicU32::new(0);
+
+/// Which control socket [`control`] is.
+pub fn control_epoch() -> u32 {
+    CONTROL_EPOCH.load(Ordering::Acquire)
+}
+
+fn set_control(fd: i32) {
+    CONTROL.store(fd, Ordering::Release);
+    CONTROL_EPOCH.fetch_add(1, Ordering::Release);
+}
+
 /// Whether a descriptor that was counted has proved worth opening.
 pub fn worth_it(slot: &Slot) -> bool {
     let (tx, rx) = slot.moved();
@@ -184,7 +197,7 @@ pub fn after_fork(carrier: Option<Carrier>) {
         client.forget_agent();
         return;
     }
-    CONTROL.store(carrier.as_ref().map_or(-1, raw), Ordering::Release);
+    set_control(carrier.as_ref().map_or(-1, raw));
     client.carrier = carrier;
 }
 
@@ -229,7 +242,7 @@ impl Client {
         if carrier.send(&Message::Attach { pid: std::process::id(), inherit: 0 }, &[]).is_err() {
             return false;
         }
-        CONTROL.store(raw(&carrier), Ordering::Release);
+        set_control(raw(&carrier));
         self.carrier = Some(carrier);
         false
     }
@@ -410,7 +423,7 @@ impl Client {
     }
 
     fn forget_agent(&mut self) {
-        CONTROL.store(-1, Ordering::Release);
+        set_control(-1);
         self.carrier = None;
         self.shared = None;
         self.conns.clear();

@@ -26,6 +26,7 @@ const KERNEL_TURN: Duration = Duration::from_micros(50);
 const TOKEN: u64 = 0xd35a_9e1c_0000_0000;
 const TOKEN_MASK: u64 = 0xffff_ffff_0000_0000;
 const NO_FD: u64 = 0xffff_ffff;
+const CONTROL: u64 = 0xffff_fffe;
 const NOWHERE: u32 = u32::MAX;
 
 /// The real wait on a set.
@@ -67,6 +68,8 @@ pub struct EpollSet {
     bell: usize,
     /// Something of ours is in the kernel's set, so its events must be looked through.
     ours: AtomicBool,
+    /// The control socket had an edge: the agent has said something, or has ended.
+    control: AtomicBool,
     spin: AtomicU32,
     kernel_turn: AtomicU64,
     inner: Mutex<Inner>,
@@ -88,6 +91,7 @@ pub fn created(fd: i32) {
         fd,
         bell: wait::assign_bell(),
         ours: AtomicBool::new(false),
+        control: AtomicBool::new(false),
         spin: AtomicU32::new(wait::SPIN_MAX),
         kernel_turn: AtomicU64::new(0),
         inner: Mutex::default(),
@@ -230,7 +234,7 @@ impl EpollSet {
     fn watch_control(&self) {
         if let Some(control) = client::control() {
             self.ours.store(true, Ordering::Release);
-            wait::watch(self.as_fd(), control, TOKEN | NO_FD);
+            wait::watch(self.as_fd(), control, TOKEN | CONTROL);
             wait::watch_kick(self.as_fd(), TOKEN | NO_FD);
         }
     }
@@ -324,6 +328,10 @@ impl EpollSet {
             if data & TOKEN_MASK != TOKEN {
                 out[kept] = event;
                 kept += 1;
+                continue;
+            }
+            if data == TOKEN | CONTROL {
+                self.control.store(true, Ordering::Relaxed);
                 continue;
             }
             let fd = (data & !TOKEN_MASK) as i32;
@@ -505,6 +513,7 @@ impl EpollSet {
         let zero = Some(Timespec { tv_sec: 0, tv_nsec: 0 });
         loop {
             let mut n = self.look(out, real, zero)?;
+            self.hear_control();
             if n > 0 || timeout == Some(Duration::ZERO) || deadline.is_some_and(|d| d <= Instant::now()) {
                 return Ok(n);
             }
@@ -530,6 +539,8 @@ impl EpollSet {
                 n = self.sift(&mut inner, out, slept?);
                 let room = out.len();
                 n += self.harvest(&mut inner, &mut out[n..room], true);
+                drop(inner);
+                self.hear_control();
                 if n == 0 && deadline.is_some_and(|d| d <= Instant::now()) {
                     return Ok(0);
                 }
@@ -539,6 +550,13 @@ impl EpollSet {
             if n > 0 {
                 return Ok(n);
             }
+        }
+    }
+
+    /// Reads what the agent has said, if the kernel's set heard of it. The set must not be locked.
+    fn hear_control(&self) {
+        if self.control.load(Ordering::Relaxed) && self.control.swap(false, Ordering::Relaxed) {
+            client::read_mail();
         }
     }
 

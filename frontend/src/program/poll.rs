@@ -172,7 +172,9 @@ pub fn events_now(conn: &ConnRef, interest: PollFlags) -> (PollFlags, bool) {
     let mut pending = false;
     let mut said = one[0].revents();
     if ring && said.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
+        let on_ring = conn.record().is(status::TX_RING);
         conn.endpoint().attend();
+        wait::kick_if_left(conn, on_ring);
         client::tell_left(conn);
         events |= ring_events(conn, interest);
         if conn.record().is(status::RX_RING) {

@@ -6,6 +6,7 @@ use super::conn::ConnRef;
 use super::epoll;
 use super::poll::{self, Want};
 use super::table::{self, Slot};
+use super::wait;
 use crate::record::status;
 use rustix::fd::BorrowedFd;
 use rustix::io::{Errno, IoSlice, IoSliceMut};
@@ -271,7 +272,9 @@ fn after_mut<'a>(bufs: &'a mut [IoSliceMut<'_>], mut skip: usize) -> Vec<IoSlice
 fn recv_conn(conn: &ConnRef, bufs: &mut [IoSliceMut<'_>], peek: bool, look: bool) -> Result<usize, Errno> {
     // Cleared before the read: an edge that comes meanwhile stays.
     let edge = conn.kernel_in.load(Ordering::Relaxed) != 0 && conn.kernel_in.swap(0, Ordering::AcqRel) != 0;
+    let on_ring = conn.record().is(status::TX_RING);
     let got = conn.endpoint().recv(bufs, peek, look || edge);
+    wait::kick_if_left(conn, on_ring);
     // On the ring an edge stays until the ring is empty and the anchor was looked at; off it, more may be there.
     if got.is_ok() && (edge || !conn.record().is(status::RX_RING)) {
         conn.kernel_in.store(1, Ordering::Release);

@@ -6,9 +6,10 @@
 use super::client::{self, SlabEntry};
 use super::conn::Conn;
 use crate::memory::Bound;
+use crate::record::status;
 use rustix::event::epoll;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 use vsocket_channel::layout::BELLS;
@@ -137,12 +138,22 @@ pub fn kick() {
     }
 }
 
+/// This thread has read that the far end left: a thread that sleeps for room in our ring must look elsewhere for it.
+pub fn kick_if_left(conn: &Conn, was_on_ring: bool) {
+    if was_on_ring && !conn.record().is(status::TX_RING) {
+        kick();
+    }
+}
+
 /// Adds the kick to a set.
 pub fn watch_kick(set: impl AsFd, data: u64) {
     if let Some(fd) = kick_fd() {
         watch(set, fd, data);
     }
 }
+
+/// What a waiter's set says of the control socket.
+const CONTROL: u64 = 1;
 
 /// What a sleeping thread uses.
 pub struct Waiter {
@@ -151,7 +162,8 @@ pub struct Waiter {
     pub bell: usize,
     /// Slabs whose doorbell the set watches.
     slabs: Mutex<Vec<Arc<SlabEntry>>>,
-    control: AtomicI32,
+    /// Which control socket the set watches; a closed one has left it by itself.
+    control: AtomicU32,
 }
 
 static POOL: Mutex<Vec<Waiter>> = Mutex::new(Vec::new());
@@ -200,15 +212,14 @@ impl Waiter {
         let set = rustix::io::fcntl_dupfd_cloexec(&set, 900).unwrap_or(set);
         watch_kick(&set, 0);
         let bell = assign_bell();
-        Some(Self { set, bell, slabs: Mutex::default(), control: AtomicI32::new(-1) })
+        Some(Self { set, bell, slabs: Mutex::default(), control: AtomicU32::new(0) })
     }
 
     fn watch_control(&self) {
-        if let Some(control) = client::control() {
-            let number = rustix::fd::AsRawFd::as_raw_fd(&control);
-            // A closed socket leaves the set by itself; the number may come again for another.
-            if self.control.swap(number, Ordering::Relaxed) != number || !watch(&self.set, control, 0) {
-                watch(&self.set, control, 0);
+        let epoch = client::control_epoch();
+        if self.control.swap(epoch, Ordering::Relaxed) != epoch {
+            if let Some(control) = client::control() {
+                watch(&self.set, control, CONTROL);
             }
         }
     }
@@ -233,11 +244,14 @@ impl Waiter {
         self.set.as_fd()
     }
 
-    /// Takes the edges that have fired.
+    /// Takes the edges that have fired, and reads what the agent has said: its end is no message, only an edge.
     pub fn settle(&self) {
         let mut events = [std::mem::MaybeUninit::uninit(); 16];
         let zero = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
-        let _ = epoll::wait(&self.set, &mut events, Some(&zero));
+        let Ok((fired, _)) = epoll::wait(&self.set, &mut events, Some(&zero)) else { return };
+        if fired.iter().any(|e| e.data.u64() == CONTROL) {
+            client::read_mail();
+        }
     }
 }
 
