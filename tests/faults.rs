@@ -4,48 +4,47 @@ mod common;
 
 use common::{Lab, PROGRAM, Path, Program, SOON, v4, wait_until};
 use serde_json::Value;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 const PORT: u16 = 7000;
 
 // ---------------------------------------------------------------- what runs meanwhile
 
-/// Streams of known bytes, ping-pong of known bytes, and a redis server, all accelerated.
+/// Streams of known bytes, ping-pong of known bytes, and redis-benchmark over and over, all accelerated.
 struct Load<'a> {
     lab: &'a Lab,
     path: Path,
     server: Program,
     _redis: Program,
     streams: Vec<Program>,
-    /// Requests that redis-benchmark does in about a second and a half.
-    requests: u64,
+    benchmarks: Program,
+    enough: PathBuf,
 }
 
 impl<'a> Load<'a> {
     fn new(lab: &'a Lab, path: Path) -> Self {
         let guest = path.server();
-        let server = lab.stream_server("run", guest, v4(guest, PORT), &[]);
+        let server = lab.stream_server("run", guest, v4(guest, PORT), &["--pace", "100000000"]);
         let address = v4(guest, 6379).ip().to_string();
         let redis = ["redis-server", "--bind", &address, "--save", "", "--protected-mode", "no"];
         let redis = lab.serve(guest, 6379, &redis);
         let connect = |mode, options: &[&str]| lab.stream("run", "a", mode, v4(guest, PORT), options);
         let streams = vec![
-            connect("connect", &["--until-eof", "--seed", "11", "--pace", "150000000"]),
-            connect("connect", &["--until-eof", "--seed", "22", "--pace", "50000000", "--epoll"]),
+            connect("connect", &["--until-eof", "--seed", "11", "--pace", "100000000"]),
+            connect("connect", &["--until-eof", "--seed", "22", "--pace", "100000000", "--epoll"]),
             connect("echo", &["--until-eof", "--seed", "33", "--size", "1000"]),
         ];
-        let mut load = Self { lab, path, server, _redis: redis, streams, requests: 50_000 };
+        let enough = lab.state().join("enough");
+        let again = format!(
+            "until [ -e {} ]; do redis-benchmark -h {address} -t get -n 20000 -c 10 --csv || exit; done",
+            enough.display()
+        );
+        let benchmarks = lab.run("a", &["sh", "-c", &again]);
+        let mut load = Self { lab, path, server, _redis: redis, streams, benchmarks, enough };
         load.is_on_lane();
-        let begun = Instant::now();
-        load.benchmark().ends(PROGRAM).ok();
-        load.requests = (load.requests as f64 * 1.5 / begun.elapsed().as_secs_f64()) as u64;
+        load.benchmarks.prints("\"GET\"");
         load
-    }
-
-    fn benchmark(&self) -> Program {
-        let (host, n) = (v4(self.path.server(), 6379).ip().to_string(), self.requests.to_string());
-        let command = ["redis-benchmark", "-h", &host, "-t", "get", "-n", &n, "-c", "10", "--csv"];
-        self.lab.run("a", &command)
     }
 
     /// Waits until each stream is on its lane, both ways.
@@ -71,7 +70,10 @@ impl<'a> Load<'a> {
     }
 
     /// Ends the streams: everything that was sent has arrived.
-    fn finish(self) {
+    fn finish(mut self) {
+        self.is_served();
+        std::fs::write(&self.enough, "").expect("the lab's directory");
+        self.benchmarks.ends(PROGRAM).ok();
         for mut stream in self.streams {
             assert!(stream.runs(), "a stream has ended by itself: {}{}", stream.out(), stream.err());
             stream.finish();
@@ -80,18 +82,18 @@ impl<'a> Load<'a> {
         assert_eq!(self.server.err(), "");
         assert!(self.server.reports().iter().all(|r| r["error"].is_null()), "{:?}", self.server.reports());
     }
-}
 
-/// No request failed.
-fn served(benchmark: Program) {
-    let ended = benchmark.ends(PROGRAM);
-    assert!(
-        ended.err.is_empty() && !ended.out.contains("rror"),
-        "redis-benchmark: {}{}",
-        ended.out,
-        ended.err
-    );
-    assert!(ended.ok().contains("\"GET\""));
+    /// Each request of every benchmark so far was answered.
+    fn is_served(&mut self) {
+        let so_far = self.benchmarks.out().matches("\"GET\"").count();
+        let end = Instant::now() + PROGRAM;
+        while self.benchmarks.out().matches("\"GET\"").count() == so_far {
+            assert!(self.benchmarks.runs() && Instant::now() < end, "redis-benchmark has stopped");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let (out, err) = (self.benchmarks.out(), self.benchmarks.err());
+        assert!(err.is_empty() && !out.contains("rror"), "redis-benchmark: {out}{err}");
+    }
 }
 
 // ---------------------------------------------------------------- ten in a row
@@ -99,11 +101,9 @@ fn served(benchmark: Program) {
 /// Backends die, alone and together, and a vport is drained, ten in a row.
 fn ten_in_a_row(path: Path) {
     let lab = Lab::up(&format!("faults-ten-{}", path.lane()));
-    let load = Load::new(&lab, path);
+    let mut load = Load::new(&lab, path);
     let faults = ["h1", "h2", "drain", "both", "h1", "drain", "h2", "both", "drain", "h1"];
     for (round, fault) in faults.into_iter().enumerate() {
-        let benchmark = load.benchmark();
-        lab.on_lane("a", benchmark.pid(), 1, path.lane());
         let tcp = lab.stat("a").bytes("tcp", "tx");
         eprintln!("round {round}: {fault}");
         if fault == "drain" {
@@ -130,7 +130,7 @@ fn ten_in_a_row(path: Path) {
         }
         load.is_on_lane();
         load.moves(path.lane(), 5_000_000);
-        served(benchmark);
+        load.is_served();
         if path == Path::CrossHost || fault == "drain" {
             assert!(lab.stat("a").bytes("tcp", "tx") > tcp, "nothing went over TCP in round {round}");
         }
@@ -156,8 +156,6 @@ fn a_stopped_backend_cross_host() {
     for host in ["h1", "h2"] {
         let lab = Lab::up(&format!("faults-stopped-fabric-{host}"));
         let load = Load::new(&lab, Path::CrossHost);
-        let benchmark = load.benchmark();
-        lab.on_lane("a", benchmark.pid(), 1, "fabric");
         lab.daemon("pause", "backend", host);
         let stopped = Instant::now();
         load.is_on_tcp();
@@ -167,7 +165,6 @@ fn a_stopped_backend_cross_host() {
         lab.daemon("cont", "backend", host);
         load.is_on_lane();
         load.moves("fabric", 5_000_000);
-        served(benchmark);
         load.finish();
     }
 }
@@ -183,9 +180,7 @@ fn a_stopped_backend_same_host() {
     lab.daemon("cont", "backend", "h1");
     load.moves("direct", 50_000_000);
     load.is_on_lane();
-    for stream in load.streams {
-        stream.finish();
-    }
+    load.finish();
 }
 
 // ---------------------------------------------------------------- agents
@@ -272,7 +267,9 @@ fn a_program_killed_while_it_sends() {
             let file = file.to_str().expect("a path in UTF-8");
             let options = ["--no-trailer", "--bytes", "1000000000000", "--report", file];
             let mut client = lab.stream("run", "a", "connect", address, &options);
-            lab.on_lane("a", client.pid(), 1, path.lane());
+            wait_until(SOON, "the client's stream is on its lane", || {
+                lab.ss("a").iter().any(|l| l.pid() == client.pid() && l.lanes().0 == path.lane())
+            });
             client.kill();
             let taken = std::fs::read(file).expect("what write() had taken");
             let taken = u64::from_le_bytes(taken.try_into().expect("eight bytes"));
