@@ -4,6 +4,8 @@
 //! hung up on. What arrives is checked whole before anything of it is used; descriptors that nobody asked for are not
 //! accepted.
 
+#![forbid(unsafe_code)]
+
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;

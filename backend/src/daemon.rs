@@ -1,8 +1,10 @@
 //! The daemon: one thread that owns everything, and the only place that waits.
 //!
 //! A turn does what the kernel reported, then what pairing wants, then moves bytes. While bytes move it polls, and yields
-//! the processor on every pass that found nothing; after [`SPIN`] without work it announces its sleep in every slab it
+//! the processor on every pass that found nothing; after 50 µs without work it announces its sleep in every slab it
 //! shares, looks once more, and blocks. A host whose guests use only `direct` lanes just blocks.
+
+#![forbid(unsafe_code)]
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -273,7 +275,7 @@ impl Daemon {
     fn move_bytes(&mut self) -> bool {
         let Some(data) = &mut self.data else { return false };
         // Also a backend that never rests acknowledges everything within moments.
-        let worked = data.pass(&mut self.metrics.drops, self.passes % 64 == 0);
+        let worked = data.pass(&mut self.metrics.drops, self.passes.is_multiple_of(64));
         self.take_notices();
         worked
     }

@@ -1,5 +1,7 @@
 //! Counters: plain numbers beside the code that counts.
 
+#![forbid(unsafe_code)]
+
 use vsocket_channel::reason::Reason;
 
 /// How often each of a few names was counted.

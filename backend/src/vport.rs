@@ -1,5 +1,7 @@
 //! One guest's attachment: its listening socket, its agent while there is one, and its counters.
 
+#![forbid(unsafe_code)]
+
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 

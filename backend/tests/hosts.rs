@@ -67,7 +67,7 @@ fn eight_mebibytes_each_way() {
         assert!(two.join().unwrap() == stream(1, TOTAL), "a to c");
         assert!(one.join().unwrap() == stream(2, TOTAL), "c to a");
     });
-    println!("{} MiB in {:?}", 2 * TOTAL >> 20, begin.elapsed());
+    println!("{} MiB in {:?}", (2 * TOTAL) >> 20, begin.elapsed());
     eventually("all is acknowledged", || {
         let stat = lab.h1.stat();
         stat["vports"][0]["tx_bytes"] == TOTAL && stat["vports"][0]["rx_bytes"] == TOTAL

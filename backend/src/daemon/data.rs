@@ -3,6 +3,8 @@
 //! One pass takes what the fabric has received, lets each flow send what it has, and hands all of it to the fabric at
 //! once. What changes the life of a flow is only noted here, and done by the control side after the pass.
 
+#![forbid(unsafe_code)]
+
 use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -86,13 +88,17 @@ struct Out<'a> {
     lkey: u32,
     far: RemoteAddress,
     bells: &'a [Arc<OwnedFd>; BELLS],
+    posted: bool,
     broken: bool,
 }
 
 impl Out<'_> {
     fn posted(&mut self, result: Result<(), PostError>) -> bool {
         match result {
-            Ok(()) => true,
+            Ok(()) => {
+                self.posted = true;
+                true
+            }
             // Either there is room later, or the end of the queue pair is about to be reported.
             Err(PostError::Full | PostError::NotConnected) => false,
             Err(_) => {
@@ -158,12 +164,12 @@ impl Data {
             }
             let fabric = &mut *self.fabric;
             let Entry { qp, lkey, far, ref bells, .. } = *entry;
-            let mut out = Out { fabric, qp, lkey, far, bells, broken: false };
+            let mut out = Out { fabric, qp, lkey, far, bells, posted: false, broken: false };
             let result = entry.flow.pump(&mut out, resting);
             self.left |= entry.leaving && !entry.flow.owes_end();
             let reason = match result {
                 Ok(worked) => {
-                    sent |= worked;
+                    sent |= worked || out.posted;
                     out.broken.then_some(Reason::FabricDown)
                 }
                 Err(_) => {

@@ -1,5 +1,7 @@
 //! Does what pairing wants done.
 
+#![forbid(unsafe_code)]
+
 use std::os::fd::AsRawFd;
 
 use mio::Interest;

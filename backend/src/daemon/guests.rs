@@ -1,5 +1,7 @@
 //! Agents: who may attach, what they say, and how they go.
 
+#![forbid(unsafe_code)]
+
 use mio::Interest;
 use vsocket_channel::message::Message;
 

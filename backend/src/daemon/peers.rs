@@ -1,5 +1,7 @@
 //! Other backends: their control connections, the queue pairs to them, and whether they are alive.
 
+#![forbid(unsafe_code)]
+
 use std::fmt;
 use std::time::{Duration, Instant};
 

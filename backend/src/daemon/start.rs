@@ -1,10 +1,13 @@
 //! Puts the daemon together: control connections, fabric, signals.
 
+#![forbid(unsafe_code)]
+
 use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
 
 use crossbeam_channel::Receiver;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{Daemon, Link, LinkEvent};
 use crate::config::{Config, Fabric};
@@ -96,11 +99,20 @@ impl Link for Control {
 ///
 /// [`Error`].
 pub fn run(config: Config) -> Result<(), Error> {
+    raise_descriptors();
     crate::slice::ask();
     let mut daemon = Daemon::with_backends(config)?;
     daemon.watch_signals().map_err(Error::System)?;
     tracing::info!(host = daemon.host, "serving");
     daemon.run().map_err(Error::Wait)
+}
+
+/// Each slab has up to nine descriptors, so we take as many as we may.
+fn raise_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!(%error, "cannot raise the limit of open descriptors");
+    }
 }
 
 impl Daemon {

@@ -1,5 +1,7 @@
 //! The operator's tools on the event loop.
 
+#![forbid(unsafe_code)]
+
 use mio::Interest;
 use vsocket_channel::message::Message;
 

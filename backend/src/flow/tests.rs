@@ -369,10 +369,7 @@ fn hostile_indices_end_the_flow() {
     assert!(index(|g| g.directions()[0].head.head.store(u64::MAX, Ordering::Relaxed)), "head far ahead");
     assert!(index(|g| g.directions()[0].head.head.store(111 + (1 << 14), Ordering::Relaxed)), "one too far");
     assert!(index(|g| g.directions()[1].tail.tail.store(111, Ordering::Relaxed)), "reads what is not there");
-    assert!(
-        index(|g| g.directions()[1].tail.tail.store(0, Ordering::Relaxed)) == false,
-        "tail back: less space"
-    );
+    assert!(!index(|g| g.directions()[1].tail.tail.store(0, Ordering::Relaxed)), "tail back: less space");
 }
 
 #[test]

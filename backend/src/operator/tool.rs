@@ -1,5 +1,7 @@
 //! The other end of the operator's socket: what `vsocketd stat` and `vsocketd drain` do.
 
+#![forbid(unsafe_code)]
+
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, IoSliceMut, Read};

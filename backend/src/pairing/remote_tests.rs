@@ -1,8 +1,11 @@
 //! Two hosts' pairings, joined by queues; the agents and the queue pair are played.
+#![allow(clippy::needless_range_loop)] // a host's number picks from several arrays
 
 use super::tests::{Segs, facts};
 use super::*;
 use crate::directory::Place as Where;
+use crate::peer::message::{PeerMessage, RegionRef};
+use vsocket_channel::Side;
 
 const ENDS: [EndId; 2] = [EndId { vport: 0, conn: 1 }, EndId { vport: 0, conn: 2 }];
 

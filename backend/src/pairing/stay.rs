@@ -1,5 +1,7 @@
 //! One generation of a connection, from the first `Prepare` to the release of its memory.
 
+#![forbid(unsafe_code)]
+
 use vsocket_channel::Side;
 use vsocket_channel::message::{Lane, Message};
 use vsocket_channel::reason::Reason;

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::*;
+use crate::slab::SegmentId;
 
 pub const A: EndId = EndId { vport: 0, conn: 1 };
 pub const B: EndId = EndId { vport: 1, conn: 2 };

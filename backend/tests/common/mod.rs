@@ -90,7 +90,9 @@ impl Running {
 
     pub fn stop(&mut self) {
         self.stop.stop();
-        self.thread.take().map(|thread| thread.join().unwrap().unwrap());
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap().unwrap();
+        }
     }
 }
 
@@ -250,19 +252,31 @@ impl End {
     }
 
     pub fn read(&mut self, most: usize) -> Vec<u8> {
+        let mut got = vec![0; most];
+        let n = self.read_into(&mut got);
+        got.truncate(n);
+        got
+    }
+
+    pub fn read_into(&mut self, into: &mut [u8]) -> usize {
         let direction = &self.directions()[1];
-        let Some(stay) = direction.stay(self.prepared.generation) else { return vec![] };
+        let Some(stay) = direction.stay(self.prepared.generation) else { return 0 };
         let tail = self.tail.unwrap_or(stay.start);
         let ring = Ring { indices: direction, bytes: &self.prepared.view.rings[1] };
-        let mut got = vec![0; ring.available(tail).unwrap().min(most)];
-        ring.bytes.get(tail, &mut got);
-        ring.release(tail + got.len() as u64);
+        let n = ring.available(tail).unwrap().min(into.len());
+        if n == 0 {
+            self.tail = Some(tail);
+            return 0;
+        }
+        ring.bytes.get(tail, &mut into[..n]);
+        ring.release(tail + n as u64);
         publish_fence();
-        if direction.stay.want_space.swap(0, Ordering::AcqRel) != 0 {
+        let want = &direction.stay.want_space;
+        if want.load(Ordering::Relaxed) != 0 && want.swap(0, Ordering::AcqRel) != 0 {
             self.ring_backend();
         }
-        self.tail = Some(tail + got.len() as u64);
-        got
+        self.tail = Some(tail + n as u64);
+        n
     }
 
     pub fn read_exactly(&mut self, len: usize) -> Vec<u8> {
@@ -372,10 +386,16 @@ pub fn join(a: &mut Daemon, b: &mut Daemon, hosts: [&str; 2]) -> Switch {
 
 /// Two hosts with a guest each in VNI 100 and in VNI 200, where addresses coincide.
 pub fn two_hosts(dir: &Dir) -> (Running, Running, Switch) {
+    two_hosts_with(dir, RING)
+}
+
+/// The same with rings of this length.
+pub fn two_hosts_with(dir: &Dir, ring: u32) -> (Running, Running, Switch) {
     let mut configs = [
         config(dir, "h1", vec![vport(dir, "a", 100, "198.51.100.1"), vport(dir, "e", 200, "198.51.100.3")]),
         config(dir, "h2", vec![vport(dir, "c", 100, "198.51.100.3"), vport(dir, "d", 200, "198.51.100.1")]),
     ];
+    configs.iter_mut().flat_map(|c| &mut c.vports).for_each(|vport| vport.ring_bytes = ring);
     let far = [configs[1].vports.clone(), configs[0].vports.clone()];
     for (n, (config, far)) in configs.iter_mut().zip(&far).enumerate() {
         let host = HostName::new(["h2", "h1"][n]).unwrap();

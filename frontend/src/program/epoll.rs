@@ -433,15 +433,16 @@ impl Hot {
         let concerns = u32::from(wanted.intersects(PollFlags::IN | PollFlags::RDHUP | PollFlags::PRI))
             | u32::from(wanted.contains(PollFlags::OUT)) << 1;
         let draining = self.conn.record().is(status::TX_DRAINING);
+        let mut pending = false;
         if asking && (edge & concerns != 0 || draining) {
             // Cleared first: an edge that comes while the kernel is asked stays.
             self.conn.kernel_in.store(0, Ordering::Release);
             self.conn.kernel_out.store(0, Ordering::Release);
-            ready = poll::events_now(&self.conn, wanted);
+            (ready, pending) = poll::events_now(&self.conn, wanted);
             // What the anchor had, it may still have at the next look; what a ring has, the ring says.
             let record = self.conn.record();
             let broken = ready.intersects(PollFlags::HUP | PollFlags::ERR);
-            if broken || (ready.contains(PollFlags::IN) && !record.is(status::RX_RING)) {
+            if broken || pending || (ready.contains(PollFlags::IN) && !record.is(status::RX_RING)) {
                 self.conn.kernel_in.store(1, Ordering::Release);
             }
             if ready.contains(PollFlags::OUT) && !record.is(status::TX_RING) {
@@ -451,7 +452,7 @@ impl Hot {
         if ready.is_empty() {
             return None;
         }
-        if interest.events as i32 & libc::EPOLLET != 0 && !self.new_edge(ready) {
+        if interest.events as i32 & libc::EPOLLET != 0 && !self.new_edge(ready, pending) {
             return None;
         }
         if interest.events as i32 & libc::EPOLLONESHOT != 0 {
@@ -461,12 +462,15 @@ impl Hot {
     }
 
     /// Edge-triggered: whether something has arrived, or room has come, since the last report.
-    fn new_edge(&mut self, ready: PollFlags) -> bool {
+    fn new_edge(&mut self, ready: PollFlags, pending: bool) -> bool {
         let endpoint = self.conn.endpoint();
         let head = endpoint.bound.map_or(0, |b| b.rx().indices.head.head.load(Ordering::Relaxed));
         let status = u64::from(endpoint.record.status.load(Ordering::Relaxed));
         let edges =
             self.conn.kernel_in.swap(0, Ordering::AcqRel) | self.conn.kernel_out.swap(0, Ordering::AcqRel);
+        if pending {
+            self.conn.kernel_in.store(1, Ordering::Release);
+        }
         let now = (head ^ status << 48, ready.contains(PollFlags::OUT));
         let new = now != self.told || (edges != 0 && endpoint.readable().is_none());
         self.told = now;

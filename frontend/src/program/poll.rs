@@ -149,8 +149,9 @@ pub fn ring_events(conn: &ConnRef, interest: PollFlags) -> PollFlags {
     events
 }
 
-/// A connection's events, with what the kernel says about its anchor when it decides, or may end a stay.
-pub fn events_now(conn: &ConnRef, interest: PollFlags) -> PollFlags {
+/// A connection's events, with what the kernel says about its anchor when it decides, or may end a stay. And whether the
+/// anchor has something to say that must wait until the ring is empty: it will not come as an edge again.
+pub fn events_now(conn: &ConnRef, interest: PollFlags) -> (PollFlags, bool) {
     let mut events = ring_events(conn, interest);
     let mut wanted = anchor_decides(conn, interest);
     let ring = conn.record().is(status::RX_RING);
@@ -166,8 +167,9 @@ pub fn events_now(conn: &ConnRef, interest: PollFlags) -> PollFlags {
     let mut one = [PollFd::new(conn, wanted)];
     let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
     if rustix::event::poll(&mut one, Some(&zero)).unwrap_or(0) == 0 {
-        return events;
+        return (events, false);
     }
+    let mut pending = false;
     let mut said = one[0].revents();
     if ring && said.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
         conn.endpoint().attend();
@@ -175,10 +177,11 @@ pub fn events_now(conn: &ConnRef, interest: PollFlags) -> PollFlags {
         events |= ring_events(conn, interest);
         if conn.record().is(status::RX_RING) {
             // Still on the ring: what the anchor says is not the application's yet.
+            pending = true;
             said -= PollFlags::IN | PollFlags::HUP | PollFlags::RDHUP | PollFlags::RDNORM;
         }
     }
-    events | (said & (interest | PollFlags::ERR | PollFlags::HUP))
+    (events | (said & (interest | PollFlags::ERR | PollFlags::HUP)), pending)
 }
 
 impl rustix::fd::AsFd for ConnRef {
@@ -251,7 +254,7 @@ fn serve(
                 p.revents = if k.fd < 0 { 0 } else { k.revents };
             }
             for (i, conn) in &conns {
-                fds[*i].revents = events_now(conn, flags_of(fds[*i].events)).bits() as i16;
+                fds[*i].revents = events_now(conn, flags_of(fds[*i].events)).0.bits() as i16;
             }
             Ok(fds.iter().filter(|p| p.revents != 0).count())
         };

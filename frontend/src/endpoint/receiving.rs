@@ -1,0 +1,277 @@
+//! Receiving: raw, guarded, from the ring, and what it left behind.
+
+use super::{Endpoint, Result, recv_anchor};
+use crate::kernel;
+use crate::lane::Violation;
+use crate::lane::rx::{RxState, Source, Verdict};
+use crate::memory::Bound;
+use crate::record::{Guard, status};
+use rustix::fd::BorrowedFd;
+use rustix::io::{Errno, IoSliceMut};
+use rustix::net::RecvFlags;
+use std::sync::atomic::Ordering;
+use vsocket_channel::lane::REWIND_LEN;
+
+impl Endpoint<'_> {
+    /// Receives what is there now; 0 is the end of the stream. `look` says that the anchor may have something to say:
+    /// then it is peeked when the ring is empty.
+    ///
+    /// # Errors
+    ///
+    /// `AGAIN` if nothing is there, else what `recv(2)` would say.
+    pub fn recv(&self, bufs: &mut [IoSliceMut<'_>], peek: bool, look: bool) -> Result<usize> {
+        let mut ended = 0;
+        let got = {
+            let mut rx = self.lock_rx()?;
+            let got = self.recv_locked(&mut rx, bufs, peek, look, &mut ended);
+            self.settle_rx(&rx);
+            // A socket that was aborted here is not connected any more; the application knows only of the reset.
+            got.map_err(|e| {
+                if e == Errno::NOTCONN && self.record.is(status::BROKEN) { Errno::CONNRESET } else { e }
+            })
+        };
+        if ended != 0 {
+            // The sender across has left: so do we, so that both can come back together.
+            let _ = self.leave(ended);
+        }
+        got
+    }
+
+    /// The anchor has something to say: looks whether the stay has ended.
+    pub fn attend(&self) {
+        let mut ended = 0;
+        if let Ok(mut rx) = self.lock_rx() {
+            self.learn(&mut rx);
+            if let (Source::Ring { generation }, Some(bound)) = (rx.source(), self.bound) {
+                if bound.generation == generation && bound.rx().available(rx.off) == Ok(0) {
+                    ended = self.judge(&mut rx, bound).ok().flatten().unwrap_or(0);
+                }
+            }
+            self.settle_rx(&rx);
+        }
+        if ended != 0 {
+            let _ = self.leave(ended);
+        }
+    }
+
+    fn recv_locked(
+        &self,
+        rx: &mut Guard<'_, RxState>,
+        bufs: &mut [IoSliceMut<'_>],
+        peek: bool,
+        look: bool,
+        ended: &mut u32,
+    ) -> Result<usize> {
+        let want: usize = bufs.iter().map(|b| b.len()).sum();
+        loop {
+            if self.record.is(status::RX_EOF) {
+                return Ok(0);
+            }
+            match rx.source() {
+                Source::Ring { generation } => {
+                    let Some(bound) = self.bound_for(generation) else {
+                        return Err(self.violated(Violation::Phase));
+                    };
+                    let ready = bound.rx().available(rx.off).map_err(|_| self.violated(Violation::Index))?;
+                    if ready > 0 || want == 0 {
+                        return Ok(self.take_ring(rx, bound, bufs, ready, peek));
+                    }
+                    if self.record.is(status::BROKEN) {
+                        return Err(Errno::CONNRESET);
+                    }
+                    if !look && bound.rx().indices.stay.sealed.load(Ordering::Acquire) == 0 {
+                        return Err(Errno::AGAIN);
+                    }
+                    if let Some(generation) = self.judge(rx, bound)? {
+                        *ended = generation;
+                    }
+                }
+                Source::Residue { to } => {
+                    let Some(bound) = self.bound else { return Err(self.violated(Violation::Phase)) };
+                    return Ok(self.take_ring(rx, bound, bufs, (to - rx.off) as usize, peek));
+                }
+                Source::Raw { guarded: false, drop: 0, .. } => {
+                    return self.take_raw(rx, bufs, u64::MAX, peek);
+                }
+                Source::Raw { .. } => {
+                    if let Some(n) = self.take_guarded(rx, bufs, peek)? {
+                        return Ok(n);
+                    }
+                }
+            }
+        }
+    }
+
+    fn take_ring(
+        &self,
+        rx: &mut Guard<'_, RxState>,
+        bound: &Bound,
+        bufs: &mut [IoSliceMut<'_>],
+        ready: usize,
+        peek: bool,
+    ) -> usize {
+        let ring = bound.rx();
+        let mut done = 0;
+        for buf in bufs {
+            let n = buf.len().min(ready - done);
+            ring.bytes.get(rx.off.wrapping_add(done as u64), &mut buf[..n]);
+            done += n;
+            if done == ready {
+                break;
+            }
+        }
+        if peek {
+            return done;
+        }
+        rx.took_ring(done as u64);
+        rx.commit();
+        self.count(1, bound.lane, done);
+        if rx.generation == bound.generation {
+            ring.release(rx.off);
+            // The producer waits for a quarter, not for each byte.
+            let stay = &ring.indices.stay;
+            vsocket_channel::bell::publish_fence();
+            if stay.want_space.load(Ordering::Relaxed) != 0 {
+                let used = ring.available(rx.off).unwrap_or(0);
+                if used <= ring.bytes.len() / 2 && stay.want_space.swap(0, Ordering::AcqRel) != 0 {
+                    bound.ring_far();
+                }
+            }
+        }
+        done
+    }
+
+    /// At S with the ring drained: what does the anchor say? The generation that has ended, if one has.
+    fn judge(&self, rx: &mut Guard<'_, RxState>, bound: &Bound) -> Result<Option<u32>> {
+        let mut frame = [0; REWIND_LEN];
+        let peeked = recv_anchor(self.anchor, &mut frame, RecvFlags::PEEK);
+        // The ring may have been filled before the anchor was written: its index counts only if read after the peek.
+        let ready = bound.rx().available(rx.off).map_err(|_| self.violated(Violation::Index))?;
+        let n = match peeked {
+            Ok(0) if ready == 0 => {
+                // The kernel's FIN without a REWIND: the whole guest, or its agent and program, died.
+                self.record.set_status(status::BROKEN, status::BROKEN);
+                return Err(Errno::CONNRESET);
+            }
+            Err(error) if error != Errno::AGAIN && ready == 0 => {
+                self.record.set_status(status::BROKEN, status::BROKEN);
+                return Err(error);
+            }
+            Ok(0) | Err(_) if ready > 0 => return Ok(None),
+            Ok(0) | Err(_) => return Err(Errno::AGAIN),
+            Ok(n) => n,
+        };
+        let generation = rx.generation;
+        let head = rx.off.wrapping_add(ready as u64);
+        match rx.judge(&frame[..n], head).map_err(|v| self.violated(v))? {
+            Verdict::Wait if ready > 0 => return Ok(None),
+            Verdict::Wait => return Err(Errno::AGAIN),
+            Verdict::Cancelled => {}
+            Verdict::Rewound => {
+                // The verdict is stored, then the frame is taken.
+                rx.commit();
+                let _ = recv_anchor(self.anchor, &mut frame, RecvFlags::empty());
+            }
+        }
+        bound.rx().indices.reader.sealed.store(1, Ordering::Release);
+        Ok(Some(generation))
+    }
+
+    fn take_raw(
+        &self,
+        rx: &mut Guard<'_, RxState>,
+        bufs: &mut [IoSliceMut<'_>],
+        limit: u64,
+        peek: bool,
+    ) -> Result<usize> {
+        let flags = if peek { RecvFlags::PEEK } else { RecvFlags::empty() };
+        let n = recv_clipped(self.anchor, bufs, limit, flags)?;
+        if !peek {
+            if n == 0 && bufs.iter().any(|b| !b.is_empty()) {
+                self.record.set_status(status::RX_EOF, status::RX_EOF);
+            }
+            rx.took_raw(n as u64);
+        }
+        Ok(n)
+    }
+
+    /// Raw bytes while a stay may be announced, or while some of them must be dropped. `None`: look again.
+    fn take_guarded(
+        &self,
+        rx: &mut Guard<'_, RxState>,
+        bufs: &mut [IoSliceMut<'_>],
+        peek: bool,
+    ) -> Result<Option<usize>> {
+        let queued = kernel::unread(self.anchor).map_err(|_| Errno::NOTCONN)?;
+        self.learn(rx);
+        let Source::Raw { drop, limit, guarded } = rx.source() else { return Ok(None) };
+        if guarded && queued == 0 {
+            // Nothing counted: a byte that is there now may be a frame, so only look whether the stream has ended.
+            let mut one = [0];
+            return match recv_anchor(self.anchor, &mut one, RecvFlags::PEEK) {
+                Ok(0) => {
+                    self.learn(rx);
+                    if matches!(rx.source(), Source::Raw { .. }) {
+                        self.record.set_status(status::RX_EOF, status::RX_EOF);
+                    }
+                    Ok(None)
+                }
+                Ok(_) => Ok(None),
+                Err(error) => Err(error),
+            };
+        }
+        let limit = if guarded { limit.min(queued) } else { limit };
+        let n = if drop > 0 {
+            let mut scratch = [0; 16384];
+            let most = drop.min(limit).min(scratch.len() as u64) as usize;
+            let n = recv_anchor(self.anchor, &mut scratch[..most], RecvFlags::empty())?;
+            if n == 0 {
+                self.record.set_status(status::RX_EOF, status::RX_EOF);
+            }
+            rx.took_raw(n as u64);
+            None
+        } else {
+            Some(self.take_raw(rx, bufs, limit, peek)?)
+        };
+        // A stay that begins below what was just read was cancelled before we saw it.
+        self.learn(rx);
+        Ok(n)
+    }
+
+    pub(super) fn learn(&self, rx: &mut RxState) {
+        if rx.generation == 0 {
+            return;
+        }
+        let stay = self.bound_for(rx.generation).and_then(|b| b.rx().indices.stay(rx.generation));
+        if let Some(stay) = stay {
+            rx.learn(stay);
+        }
+    }
+
+    /// Looks for an announced stay, so that [`Endpoint::readable`] can say more.
+    pub fn refresh(&self) {
+        if let Ok(mut rx) = self.lock_rx() {
+            self.learn(&mut rx);
+            self.settle_rx(&rx);
+        }
+    }
+}
+
+/// Receives at most `limit` bytes into the buffers.
+fn recv_clipped(
+    anchor: BorrowedFd<'_>,
+    bufs: &mut [IoSliceMut<'_>],
+    limit: u64,
+    flags: RecvFlags,
+) -> Result<usize> {
+    let total: u64 = bufs.iter().map(|b| b.len() as u64).sum();
+    if total > limit || bufs.len() == 1 {
+        // One buffer is enough for progress; the caller asks again for the rest.
+        let first = bufs.iter_mut().find(|b| !b.is_empty());
+        let Some(first) = first else { return Ok(0) };
+        let most = (first.len() as u64).min(limit) as usize;
+        return recv_anchor(anchor, &mut first[..most], flags);
+    }
+    let mut control = rustix::net::RecvAncillaryBuffer::default();
+    rustix::net::recvmsg(anchor, bufs, &mut control, flags | RecvFlags::DONTWAIT).map(|m| m.bytes)
+}
