@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
 
-const USAGE: &str = "stream serve ADDR [--once] [--epoll]
+const USAGE: &str = "stream serve ADDR [--once] [--epoll] [--pace BYTES]
 stream connect ADDR --bytes N | --until-eof
     --seed S          of the stream from here; the one back has S + 1 (default 1)
     --epoll           one thread and non-blocking I/O
@@ -630,18 +630,18 @@ fn serve(options: &Options) -> Result<()> {
     loop {
         let (stream, peer) = listener.accept().map_err(text)?;
         if options.once {
-            return answer(stream, peer, options.epoll);
+            return answer(stream, peer, options);
         }
-        let epoll = options.epoll;
+        let options = options.clone();
         std::thread::spawn(move || {
-            if let Err(error) = answer(stream, peer, epoll) {
+            if let Err(error) = answer(stream, peer, &options) {
                 eprintln!("stream: {peer}: {error}");
             }
         });
     }
 }
 
-fn answer(mut stream: TcpStream, peer: SocketAddr, epoll: bool) -> Result<()> {
+fn answer(mut stream: TcpStream, peer: SocketAddr, options: &Options) -> Result<()> {
     let begun = Instant::now();
     let hello = Hello::read(&mut stream)?;
     let peer = peer.to_string();
@@ -657,9 +657,11 @@ fn answer(mut stream: TcpStream, peer: SocketAddr, epoll: bool) -> Result<()> {
     let sender = (hello.kind == BOTH).then(|| {
         // An open-ended stream goes back until the one from there has ended.
         let stop = if hello.bytes == u64::MAX { at_eof.clone() } else { Arc::default() };
-        Sender::new(hello.seed.wrapping_add(1), hello.bytes, stop)
+        let mut sender = Sender::new(hello.seed.wrapping_add(1), hello.bytes, stop);
+        sender.pace = options.pace.map(|rate| (rate, begun));
+        sender
     });
-    let report = exchange(stream, sender, Some(receiver), epoll, &at_eof);
+    let report = exchange(stream, sender, Some(receiver), options.epoll, &at_eof);
     say(&report.line(&peer, hello.kind, begun));
     report.error.map_or(Ok(()), Err)
 }
