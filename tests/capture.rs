@@ -235,15 +235,15 @@ fn the_underlay_carries_vxlan_segments_in_mpa_frames() {
     let before = lab.before(Path::CrossHost);
     // One connection of large messages, and one of small ones, at the same time.
     let servers = [v4("c", LARGE), v6("c", SMALL)].map(|at| lab.stream_server("run", "c", at, &["--once"]));
-    let clients = [
-        lab.stream("run", "a", "echo", v4("c", LARGE), &["--rounds", "400", "--size", "100000"]),
-        lab.stream("run", "a", "echo", v6("c", SMALL), &["--rounds", "5000", "--size", "200"]),
-    ];
+    // Not faster than that, so that most rounds come after the upgrade.
+    let rounds = ["--rounds", "1000", "--every", "1"];
+    let echo = |to, size| lab.stream("run", "a", "echo", to, &[&rounds[..], &["--size", size]].concat());
+    let clients = [echo(v4("c", LARGE), "40000"), echo(v6("c", SMALL), "200")];
     for program in clients.into_iter().chain(servers) {
         program.report();
     }
     before.upgraded(2);
-    assert!(lab.stat("a").moved("fabric") > 20_000_000, "{:?}", lab.stat("a"));
+    assert!(lab.stat("a").moved("fabric") > 40_000_000, "{:?}", lab.stat("a"));
     // Both agents have reckoned up, and what is on its way to tcpdump has arrived.
     wait_until(SOON, "the connections are over", || {
         ["a", "c"].iter().all(|guest| lab.stat(guest).connections("open") == 0)
