@@ -114,7 +114,8 @@ fn ten_in_a_row(path: Path) {
             let reasons: Vec<_> = load.streams.iter().map(|s| reason(s.pid())).collect();
             load.moves("tcp", 1_000_000);
             lab.must(&["undrain", path.server()]);
-            let drained = |r: &Option<String>| matches!(r.as_deref(), Some("drained" | "peer-left"));
+            let drained =
+                |r: &Option<String>| matches!(r.as_deref(), Some("drained" | "peer-left" | "peer-not-open"));
             assert!(reasons.iter().all(drained), "{reasons:?}");
         } else {
             let hosts = if fault == "both" { vec!["h1", "h2"] } else { vec![fault] };

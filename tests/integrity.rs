@@ -30,7 +30,8 @@ fn transfer(test: &str, path: Path, address: SocketAddr, bytes: u64, server: &[&
     }
     assert_ne!(here["sha256"], there["sha256"], "the two streams are different ones");
     before.upgraded(1);
-    before.on_lane(2 * bytes / 100 * 99);
+    // The upgrade takes some milliseconds, in which a stream moves some megabytes.
+    before.on_lane(2 * bytes / 100 * 95, 0.95);
 }
 
 #[test]

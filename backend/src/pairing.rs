@@ -47,10 +47,10 @@ pub use effect::{Effect, FlowStart};
 pub use peer::Dropped;
 use stay::{Guest, GuestPhase, Party, Stay};
 
-/// An end that was busy is asked again after this.
-const REST: Duration = Duration::from_millis(50);
+/// An end that was busy is asked again after this: its counters stand still for a moment between two of its bytes.
+const REST: Duration = Duration::from_millis(2);
 /// And so often.
-const TRIES: u8 = 10;
+const TRIES: u8 = 100;
 
 /// A connection of a vport, by its agent's number.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]

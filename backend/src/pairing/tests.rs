@@ -190,10 +190,11 @@ fn opening_again_before_leaving_counts_when_it_has_left() {
 }
 
 #[test]
-fn busy_is_asked_again_ten_times_others_wait_for_an_open() {
+fn busy_is_asked_again_often_others_wait_for_an_open() {
+    let tries = u32::from(TRIES);
     let mut one = One::new();
     one.open_both(1);
-    for generation in 1..=10 {
+    for generation in 1..=tries {
         one.pairing.handle_prepared(A, generation);
         one.pairing.handle_refused(B, generation, Reason::Busy, one.now);
         assert_eq!(one.done(), [format!("0/1 withdraw {generation} busy")]);
@@ -205,15 +206,15 @@ fn busy_is_asked_again_ten_times_others_wait_for_an_open() {
         let asked = one.done();
         assert!(asked.contains(&format!("1/2 prepare {} side 1", generation + 1)), "{asked:?}");
     }
-    one.pairing.handle_refused(B, 11, Reason::Busy, one.now);
+    one.pairing.handle_refused(B, tries + 1, Reason::Busy, one.now);
     one.done();
-    one.left(A, 11);
+    one.left(A, tries + 1);
     assert_eq!(one.pairing.next_deadline(), None);
     one.open(A, a_to_b(), 1);
     assert_eq!(one.open(B, a_to_b().mirrored(), 1).len(), 2, "a new open counts anew");
-    one.pairing.handle_refused(B, 12, Reason::Untrackable, one.now);
-    assert_eq!(one.done(), ["0/1 withdraw 12 untrackable"]);
-    assert_eq!(one.left(A, 12), ["release to reuse"]);
+    one.pairing.handle_refused(B, tries + 2, Reason::Untrackable, one.now);
+    assert_eq!(one.done(), [format!("0/1 withdraw {} untrackable", tries + 2)]);
+    assert_eq!(one.left(A, tries + 2), ["release to reuse"]);
 }
 
 #[test]
