@@ -646,3 +646,5 @@ impl Before<'_> {
         }
     }
 }
+
+pub mod agent;
