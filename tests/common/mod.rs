@@ -650,3 +650,5 @@ impl Before<'_> {
         }
     }
 }
+
+pub mod agent;
