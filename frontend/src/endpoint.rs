@@ -124,10 +124,27 @@ impl Endpoint<'_> {
 
     /// Ends the connection for both sides: something cannot be, and going on could lose or double bytes.
     pub fn break_off(&self) {
+        let before = self.record.status.load(Ordering::Acquire);
         self.record.set_status(status::BROKEN, status::BROKEN);
         kernel::abort(self.anchor);
-        if let Some(bound) = self.bound {
+        // A segment that was left may be another connection's by now.
+        let Some(bound) = self.bound.filter(|_| before & (status::TX_STATE | status::RX_OPEN) != 0) else {
+            return;
+        };
+        if before & status::TX_STATE != 0 {
             bound.tx().indices.stay.aborted.store(1, Ordering::Relaxed);
+        }
+        if before & status::RX_OPEN != 0 {
+            bound.rx().indices.reader.closed.store(1, Ordering::Release);
+        }
+        bound.ring_far();
+    }
+
+    /// The reading application has gone: tells the sender across, if it is on a ring or may come onto one.
+    pub fn close_reader(&self) {
+        let Ok(rx) = self.lock_rx() else { return };
+        if let Some(bound) = self.bound_for(rx.generation) {
+            // Under the lock: while the generation is open here, its segment is ours.
             bound.rx().indices.reader.closed.store(1, Ordering::Release);
             bound.ring_far();
         }

@@ -13,7 +13,6 @@ use super::{Agent, Timer};
 use crate::endpoint::Endpoint;
 use crate::record::status;
 use rustix::io::{Errno, IoSliceMut};
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tracing::trace;
 use vsocket_channel::message::{Lane, Message};
@@ -91,9 +90,8 @@ fn begin(endpoint: &Endpoint<'_>, now: Instant) -> Step {
     }
     if let Some(bound) = endpoint.bound {
         endpoint.close_unopened(bound.generation);
-        bound.rx().indices.reader.closed.store(1, Ordering::Release);
-        bound.ring_far();
     }
+    endpoint.close_reader();
     // After the sender was told, so that nothing can slip in between.
     if matches!(unread(endpoint, true), Ok(1..)) {
         return Step::Abort;
