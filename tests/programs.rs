@@ -59,8 +59,8 @@ fn redis_get_with_one_connection() {
 
 #[test]
 fn redis_get_pipelined() {
-    let options = ["-t", "get", "-n", "3000000", "-c", "50", "-P", "16"];
-    redis_benchmark("redis-p16", 50, &options, 2_970_000 * 41);
+    let options = ["-t", "get", "-n", "6000000", "-c", "50", "-P", "16"];
+    redis_benchmark("redis-p16", 50, &options, 5_940_000 * 41);
 }
 
 /// A new connection for each request: none is worth an upgrade, and all requests are answered.
