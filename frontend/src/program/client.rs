@@ -11,7 +11,7 @@ use crate::memory::{Bound, Records, Slab};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use vsocket_channel::layout::BELLS;
@@ -52,6 +52,8 @@ static CLIENT: Mutex<Option<Client>> = Mutex::new(None);
 /// The mail counter in shared memory, and what was seen of it.
 static MAIL: AtomicPtr<AtomicU32> = AtomicPtr::new(std::ptr::null_mut());
 static SEEN: AtomicU32 = AtomicU32::new(0);
+/// A generation was left, and the conversation was taken when the agent was to be told.
+static UNTOLD: AtomicBool = AtomicBool::new(false);
 /// The control socket, for waiting sets; -1 is none.
 static CONTROL: AtomicI32 = AtomicI32::new(-1);
 static THRESHOLD_BYTES: AtomicU64 = AtomicU64::new(16 * 1024);
@@ -96,14 +98,22 @@ pub fn check_mail() {
 pub fn mail_waits() -> bool {
     let mail = MAIL.load(Ordering::Acquire);
     // SAFETY: null, or the counter in records that are never unmapped once attached.
-    unsafe { mail.as_ref() }.is_some_and(|c| c.load(Ordering::Relaxed) != SEEN.load(Ordering::Relaxed))
+    let unread =
+        unsafe { mail.as_ref() }.is_some_and(|c| c.load(Ordering::Relaxed) != SEEN.load(Ordering::Relaxed));
+    unread || UNTOLD.load(Ordering::Relaxed)
 }
 
-/// Reads everything the agent has said.
+/// Reads everything the agent has said. To be called before a sleep, by a thread that holds no set's lock: who finds the
+/// conversation taken waits a moment for it, as what the other thread does may not be reading.
 pub fn read_mail() {
-    let Ok(mut guard) = CLIENT.try_lock() else { return };
-    if let Some(client) = guard.as_mut() {
-        client.read();
+    for _ in 0..1000 {
+        if let Ok(mut guard) = CLIENT.try_lock() {
+            if let Some(client) = guard.as_mut() {
+                client.read();
+            }
+            return;
+        }
+        rustix::thread::sched_yield();
     }
 }
 
@@ -165,12 +175,13 @@ pub fn tell_left(conn: &Conn) {
     if conn.left.load(Ordering::Relaxed) == generation || !conn.endpoint().has_left() {
         return;
     }
-    let Ok(mut guard) = CLIENT.try_lock() else { return };
+    let Ok(mut guard) = CLIENT.try_lock() else {
+        // The caller may hold a set's lock, so it does not wait; whoever next reads mail tells.
+        UNTOLD.store(true, Ordering::Release);
+        return;
+    };
     if let Some(client) = guard.as_mut() {
-        if conn.left.swap(generation, Ordering::AcqRel) != generation {
-            let record = u64::from(conn.index.load(Ordering::Relaxed));
-            client.tell(&Message::Left { conn: record, generation }, &[]);
-        }
+        client.tell_left(conn, generation);
     }
 }
 
@@ -265,11 +276,29 @@ impl Client {
         }
     }
 
-    fn tell(&mut self, message: &Message, fds: &[BorrowedFd<'_>]) -> bool {
+    fn tell(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> bool {
         self.carrier.as_ref().is_some_and(|c| c.send(message, fds).is_ok())
     }
 
+    fn tell_left(&self, conn: &Conn, generation: u32) {
+        if conn.left.swap(generation, Ordering::AcqRel) != generation {
+            let record = u64::from(conn.index.load(Ordering::Relaxed));
+            self.tell(&Message::Left { conn: record, generation }, &[]);
+        }
+    }
+
+    fn tell_untold(&self) {
+        for conn in self.conns.values() {
+            if let Some(bound) = conn.bound().filter(|_| conn.endpoint().has_left()) {
+                self.tell_left(conn, bound.generation);
+            }
+        }
+    }
+
     fn read(&mut self) {
+        if UNTOLD.load(Ordering::Relaxed) && UNTOLD.swap(false, Ordering::AcqRel) {
+            self.tell_untold();
+        }
         let mail = MAIL.load(Ordering::Acquire);
         // SAFETY: null, or the counter in records that are never unmapped once attached.
         if let Some(counter) = unsafe { mail.as_ref() } {
