@@ -29,6 +29,8 @@ pub struct Conn {
     pub kernel_in: AtomicU32,
     /// The anchor had an edge: it may be writable.
     pub kernel_out: AtomicU32,
+    /// Times a send would have blocked, or took less than it was given: after each, room is a new edge.
+    pub blocked: AtomicU32,
     /// How long the next spin may be, in nanoseconds.
     pub spin: AtomicU32,
     rest: Mutex<Rest>,
@@ -88,6 +90,7 @@ impl Conn {
             left: AtomicU32::new(0),
             kernel_in: AtomicU32::new(0),
             kernel_out: AtomicU32::new(0),
+            blocked: AtomicU32::new(0),
             spin: AtomicU32::new(0),
             rest: Mutex::new(Rest::default()),
         }

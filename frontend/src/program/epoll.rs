@@ -48,7 +48,7 @@ struct Hot {
     /// `EPOLLONESHOT` has fired.
     spent: bool,
     /// What an edge-triggered watcher was told last: ring head, ring space, kernel edges.
-    told: (u64, bool),
+    told: (u64, bool, u32),
 }
 
 #[derive(Default)]
@@ -275,7 +275,7 @@ impl EpollSet {
         } else {
             epoll::add(self.as_fd(), anchor, data, flags)?;
         }
-        let mut hot = Hot { fd, conn: conn.clone(), interest: None, spent: false, told: (0, false) };
+        let mut hot = Hot { fd, conn: conn.clone(), interest: None, spent: false, told: (0, false, 0) };
         hot.renew(interest);
         inner.place(fd, inner.hot.len() as u32);
         inner.hot.push(hot);
@@ -383,7 +383,7 @@ impl Hot {
     fn renew(&mut self, interest: Interest) {
         self.interest = Some(interest);
         self.spent = false;
-        self.told = (u64::MAX, false);
+        self.told = (u64::MAX, false, 0);
         // As after a MOD in the kernel: what is ready now is a new edge.
         if !self.conn.record().is(status::RX_RING) {
             self.conn.kernel_in.store(1, Ordering::Release);
@@ -479,8 +479,10 @@ impl Hot {
         if pending {
             self.conn.kernel_in.store(1, Ordering::Release);
         }
-        let now = (head ^ status << 48, ready.contains(PollFlags::OUT));
-        let new = now != self.told || (edges != 0 && endpoint.readable().is_none());
+        let blocked = self.conn.blocked.load(Ordering::Relaxed);
+        let now = (head ^ status << 48, ready.contains(PollFlags::OUT), blocked);
+        let new = now != self.told
+            || (edges != 0 && (endpoint.readable().is_none() || !endpoint.record.is(status::TX_RING)));
         self.told = now;
         new
     }

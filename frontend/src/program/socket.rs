@@ -148,6 +148,9 @@ pub fn send(fd: i32, slot: &'static Slot, bufs: &[IoSlice<'_>], flags: SendFlags
             loop {
                 if let Some(conn) = slot.conn() {
                     let got = conn.endpoint().send(piece, flags);
+                    if got == Err(Errno::AGAIN) || got.is_ok_and(|n| n < total - done) {
+                        conn.blocked.fetch_add(1, Ordering::Relaxed);
+                    }
                     client::tell_left(&conn);
                     return got;
                 }
