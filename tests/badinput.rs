@@ -4,8 +4,9 @@
 
 mod common;
 
-use common::agent::{Directory, Fake};
+use common::agent::{Directory, Fake, Prepared};
 use common::{Lab, PROGRAM, Program, SOON, example, v4, wait_until};
+use serde_json::Value;
 use vsocket_channel::message::Message;
 use vsocket_channel::reason::Reason;
 
@@ -187,5 +188,41 @@ fn a_ring_index_out_of_range_ends_its_own_flow() {
     wait_until(SOON, "counted", || lab.dropped("h2", "ring-index") == 1);
     drop(fake);
     lab.daemon("start", "agent", "c");
+    witness.ends_well();
+}
+
+/// A direct lane's other mapper is as untrusted as any guest: what it writes ends the connection that it is an end of.
+#[test]
+fn a_ring_index_out_of_range_ends_its_own_direct_connection() {
+    let lab = Lab::up("badinput-index-direct");
+    let witness = Witness::new(&lab);
+    lab.daemon("stop", "agent", "b");
+    let fake = Fake::attach(&lab.state().join("b.vport"));
+    let _server = lab.stream_server("exec", "b", v4("b", 7001), &[]);
+    let spoil: [fn(&Prepared); 2] = [
+        // More in the ring than it holds; and more taken from it than was ever put there.
+        |prepared| {
+            prepared.publish_stay(0);
+            prepared.set_head(u64::MAX / 2);
+        },
+        |prepared| prepared.set_tail(u64::MAX / 2),
+    ];
+    for (n, spoil) in spoil.into_iter().enumerate() {
+        let [from, to] = [v4("a", 6001 + n as u16), v4("b", 7001)];
+        let options = ["--from", &from.to_string(), "--until-eof", "--every", "1"];
+        let mut victim = lab.stream("run", "a", "echo", to, &options);
+        fake.open(n as u64 + 1, to, from);
+        let prepared = fake.prepare();
+        fake.commit(&prepared);
+        spoil(&prepared);
+        prepared.ring();
+        victim.end_input();
+        let ended = victim.ends(SOON);
+        let report: Value = serde_json::from_str(&ended.out).expect("the victim's report");
+        assert_eq!(report["end"], "reset", "{report}");
+        wait_until(SOON, "counted", || lab.stat("a").drops("ring-index") == n as u64 + 1);
+    }
+    drop(fake);
+    lab.daemon("start", "agent", "b");
     witness.ends_well();
 }

@@ -64,8 +64,8 @@ impl Endpoint<'_> {
                 bound.ring_far();
             }
             self.settle_tx(tx);
-            if done.is_err() {
-                self.break_off();
+            if let Err(why) = done {
+                self.violated(why);
             }
         }
     }
@@ -91,7 +91,9 @@ impl Endpoint<'_> {
                         }
                     }
                 }
-                Err(_) => self.break_off(),
+                Err(why) => {
+                    self.violated(why);
+                }
             }
             self.settle_rx(rx);
         }
@@ -150,7 +152,8 @@ impl Endpoint<'_> {
         }
     }
 
-    fn violated(&self, _why: Violation) -> Errno {
+    fn violated(&self, why: Violation) -> Errno {
+        self.record.violation.store(why.code(), Ordering::Relaxed);
         self.break_off();
         Errno::CONNRESET
     }

@@ -34,6 +34,22 @@ pub mod status {
     pub const RX_STATE: u32 = RX_RING | RX_OPEN | RX_RESIDUE;
     /// All bits that belong to the sender's state.
     pub const TX_STATE: u32 = TX_RING | TX_DRAINING;
+
+    /// The names of the bits that are set, for people.
+    pub fn names(bits: u32) -> String {
+        let all = [
+            (RX_RING, "rx-ring"),
+            (RX_OPEN, "rx-open"),
+            (RX_RESIDUE, "rx-residue"),
+            (TX_RING, "tx-ring"),
+            (TX_DRAINING, "tx-draining"),
+            (RX_EOF, "rx-eof"),
+            (BROKEN, "broken"),
+            (TX_SHUT, "tx-shut"),
+        ];
+        let set: Vec<_> = all.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name).collect();
+        set.join(" ")
+    }
 }
 
 /// A robust lock around one direction's state. The state is stored as a whole: its owner works on a copy, writes it to
@@ -179,6 +195,8 @@ pub struct Record {
     pub fabric: [AtomicU64; 2],
     /// This end did the connect.
     pub connector: AtomicU32,
+    /// `Violation::code` of what ended the connection, or 0.
+    pub violation: AtomicU32,
     /// The sender's half.
     pub tx: Locked<TxState>,
     /// The receiver's half.
@@ -202,7 +220,7 @@ impl Record {
     pub fn init(&self, tx: u64, rx: u64, connector: bool) {
         self.tx.init(TxState::new(tx));
         self.rx.init(RxState::new(rx));
-        for word in [&self.status, &self.ready, &self.leave, &self.lane] {
+        for word in [&self.status, &self.ready, &self.leave, &self.lane, &self.violation] {
             word.store(0, Ordering::Relaxed);
         }
         for word in self.direct.iter().chain(&self.fabric) {

@@ -272,7 +272,11 @@ impl Lab {
             if lines.len() >= n && lines.iter().all(|l| l.lanes() == (lane, lane)) {
                 return;
             }
-            assert!(Instant::now() < end, "want {n} connections of {pid} in {guest} on {lane}: {lines:?}");
+            if Instant::now() >= end {
+                let far: Vec<_> = ["b", "c"].iter().map(|g| (g, self.ss(g))).collect();
+                let stacks = stacks(pid);
+                panic!("want {n} connections of {pid} in {guest} on {lane}: {lines:#?}\n{far:#?}\n{stacks}");
+            }
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -476,6 +480,11 @@ impl Program {
         reports(&out).pop().unwrap_or_else(|| panic!("no report: {out}"))
     }
 
+    /// Waits for the good end of `stream`: the reports of all its connections.
+    pub fn reports_at_end(self) -> Vec<Value> {
+        reports(&self.ok())
+    }
+
     /// Ends its standard input, and waits for the good end of `stream`: its report.
     pub fn finish(mut self) -> Value {
         self.end_input();
@@ -581,6 +590,12 @@ impl Line {
     /// Both directions' lanes: out, in.
     pub fn lanes(&self) -> (&str, &str) {
         (self.text("tx_lane"), self.text("rx_lane"))
+    }
+
+    /// Bytes one way (`tx` or `rx`), over all lanes.
+    pub fn bytes(&self, way: &str) -> u64 {
+        let lanes = ["tcp", "direct", "fabric"].into_iter();
+        lanes.map(|lane| self.0["bytes"][lane][way].as_u64().expect("a number of bytes")).sum()
     }
 
     /// Why it is on TCP.

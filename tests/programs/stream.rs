@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! stream serve ADDR [--once] [--epoll]
-//! stream connect ADDR --bytes N | --until-eof   [--seed S] [--one-way] [--no-trailer] [--report FILE] …
-//! stream echo ADDR --rounds N | --until-eof     [--seed S] [--size BYTES] [--idle-after N]
+//! stream connect ADDR --bytes N | --until-eof   [--seed S] [--one-way] [--no-trailer] [--connections N] …
+//! stream echo ADDR --rounds N | --until-eof     [--seed S] [--size BYTES] [--connections N] [--idle-after N]
 //! stream poke ADDR [--hex BYTES] [--hold]
 //! ```
 //!
@@ -35,9 +35,11 @@ stream connect ADDR --bytes N | --until-eof
     --pause-after N   after N bytes, says `paused` and waits for a line on standard input
     --pace BYTES      sends at most so many bytes a second
     --until-eof       sends until standard input ends
+    --connections N   so many connections with as many bytes, one after the other
 stream echo ADDR --rounds N | --until-eof
     --seed S --from ADDR
     --size BYTES      of a message (default 64)
+    --connections N   so many connections with as many rounds, one after the other
     --idle-after N    after N rounds, says `idle` and waits for standard input to end, then goes on
     --every MS        a round no more often than that
 stream poke ADDR [--hex BYTES] [--hold]
@@ -53,7 +55,7 @@ fn main() -> ExitCode {
     let command = words.pop_front().unwrap_or_default();
     let done = Options::parse(words).and_then(|options| match command.as_str() {
         "serve" => serve(&options),
-        "connect" => connect(&options),
+        "connect" => (0..options.connections).try_for_each(|_| connect(&options)),
         "echo" => echo(&options),
         "poke" => poke(&options),
         _ => Err(USAGE.to_owned()),
@@ -86,6 +88,7 @@ struct Options {
     report: Option<String>,
     pause_after: Option<u64>,
     idle_after: Option<u64>,
+    connections: u64,
     pace: Option<u64>,
     every: Option<Duration>,
     hex: Vec<u8>,
@@ -93,7 +96,7 @@ struct Options {
 
 impl Options {
     fn parse(mut words: VecDeque<String>) -> Result<Self> {
-        let mut o = Self { seed: 1, size: 64, ..Self::default() };
+        let mut o = Self { seed: 1, size: 64, connections: 1, ..Self::default() };
         while let Some(word) = words.pop_front() {
             let mut value = || words.pop_front().ok_or(format!("{word}: a value is missing"));
             match word.as_str() {
@@ -101,6 +104,7 @@ impl Options {
                 "--rounds" => o.rounds = Some(number(&value()?)?),
                 "--seed" => o.seed = number(&value()?)?,
                 "--size" => o.size = number(&value()?)? as usize,
+                "--connections" => o.connections = number(&value()?)?,
                 "--pace" => o.pace = Some(number(&value()?)?),
                 "--pause-after" => o.pause_after = Some(number(&value()?)?),
                 "--idle-after" => o.idle_after = Some(number(&value()?)?),
@@ -585,11 +589,13 @@ fn by_events(
     poll.registry().register(&mut stream, mio::Token(0), interest)?;
     let mut events = mio::Events::with_capacity(4);
     let (mut sending, mut receiving) = (sender.is_some(), receiver.is_some());
-    // Edge-triggered: each side is worked until it would block, a few pieces at a time, so that neither starves.
+    // Edge-triggered: each side is worked until it would block, a piece at a time. While one goes on, the other's edge is
+    // looked for: a paced sender might never block, and its reader would starve.
     let (mut can_read, mut can_write) = (true, true);
     while sending || receiving {
-        if !(sending && can_write || receiving && can_read) {
-            poll.poll(&mut events, None)?;
+        let idle = !(sending && can_write || receiving && can_read);
+        if idle || (sending && !can_write) || (receiving && !can_read) {
+            poll.poll(&mut events, (!idle).then_some(Duration::ZERO))?;
             for event in &events {
                 can_read |= event.is_readable() || event.is_read_closed() || event.is_error();
                 can_write |= event.is_writable() || event.is_write_closed() || event.is_error();
@@ -730,22 +736,44 @@ fn connect(options: &Options) -> Result<()> {
     report.error.map_or(Ok(()), Err)
 }
 
+/// What a run of `echo` came to.
+#[derive(Default)]
+struct Echoed {
+    rounds: u64,
+    slowest: Duration,
+}
+
 fn echo(options: &Options) -> Result<()> {
     if options.rounds.is_none() && !options.until_eof {
         return Err(USAGE.to_owned());
     }
-    let mut stream = options.open()?;
-    stream.set_nodelay(true).map_err(text)?;
-    stream.write_all(&Hello { kind: ECHO, seed: options.seed, bytes: 0 }.encode()).map_err(text)?;
     let ended = if options.until_eof || options.idle_after.is_some() {
         standard_input_ends()
     } else {
         Arc::default()
     };
     let begun = Instant::now();
+    let mut echoed = Echoed::default();
+    for _ in 0..options.connections {
+        echo_once(options, &ended, &mut echoed)?;
+    }
+    let (seconds, slowest) = (begun.elapsed().as_secs_f64(), echoed.slowest.as_secs_f64());
+    let rounds = echoed.rounds;
+    let bytes = rounds * options.size as u64;
+    say(&format!(
+        r#"{{"kind":"e","peer":"{}","rounds":{rounds},"sent":{bytes},"received":{bytes},"slowest":{slowest:.6},"end":"eof","seconds":{seconds:.6},"error":null}}"#,
+        options.address()?
+    ));
+    Ok(())
+}
+
+fn echo_once(options: &Options, ended: &AtomicBool, echoed: &mut Echoed) -> Result<()> {
+    let mut stream = options.open()?;
+    stream.set_nodelay(true).map_err(text)?;
+    stream.write_all(&Hello { kind: ECHO, seed: options.seed, bytes: 0 }.encode()).map_err(text)?;
     let mut words = Stream::new(options.seed);
     let (mut message, mut back) = (vec![0; options.size], vec![0; options.size]);
-    let (mut round, mut slowest) = (0, Duration::ZERO);
+    let mut round = 0;
     while options.goes_on(round, options.rounds) && !(options.until_eof && ended.load(Ordering::Relaxed)) {
         let started = Instant::now();
         words.fill(&mut message);
@@ -755,7 +783,7 @@ fn echo(options: &Options) -> Result<()> {
             return Err(format!("round {round}: the answer differs"));
         }
         round += 1;
-        slowest = slowest.max(started.elapsed());
+        echoed.slowest = echoed.slowest.max(started.elapsed());
         if options.idle_after == Some(round) {
             say("idle");
             while !ended.load(Ordering::Relaxed) {
@@ -767,17 +795,12 @@ fn echo(options: &Options) -> Result<()> {
             std::thread::sleep(every.saturating_sub(started.elapsed()));
         }
     }
+    echoed.rounds += round;
     stream.shutdown(Shutdown::Write).map_err(text)?;
     let more = stream.read(&mut back).map_err(|e| format!("end: {e}"))?;
     if more != 0 {
         return Err(format!("{more} bytes after the last answer"));
     }
-    let (seconds, slowest) = (begun.elapsed().as_secs_f64(), slowest.as_secs_f64());
-    let bytes = round * options.size as u64;
-    say(&format!(
-        r#"{{"kind":"e","peer":"{}","rounds":{round},"sent":{bytes},"received":{bytes},"slowest":{slowest:.6},"end":"eof","seconds":{seconds:.3},"error":null}}"#,
-        options.address()?
-    ));
     Ok(())
 }
 

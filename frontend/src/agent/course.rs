@@ -60,6 +60,20 @@ pub enum Stage {
     },
 }
 
+impl Stage {
+    /// Its name, for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Opened => "opened",
+            Self::Preparing { .. } => "preparing",
+            Self::Prepared { .. } => "prepared",
+            Self::Committed { .. } => "committed",
+            Self::Leaving { .. } => "leaving",
+        }
+    }
+}
+
 /// What an event makes necessary.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Act {

@@ -5,6 +5,7 @@ use super::course::{Course, Stage};
 use super::ending::Ending;
 use super::post::{Parcel, Post};
 use crate::endpoint::Endpoint;
+use crate::lane::Violation;
 use crate::memory::{Bound, Records, Slab};
 use crate::record::{RECORDS, Record, status};
 use rustix::event::EventfdFlags;
@@ -357,8 +358,12 @@ impl Registry {
         self.cookies.remove(&conn.cookie);
         if let Some(record) = self.record(&conn) {
             let bytes = LaneBytes::of(record);
+            let violation = Violation::from_code(record.violation.load(Ordering::Relaxed));
             record.ready.store(0, Ordering::Relaxed);
             self.totals.bytes.add(&bytes);
+            if let Some(violation) = violation {
+                self.totals.drop(violation.name());
+            }
         }
         Some(conn)
     }

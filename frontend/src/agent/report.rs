@@ -12,7 +12,9 @@ use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use vsocket_channel::message::{Lane, Message, Tuple};
+use vsocket_channel::reason::Reason;
 
 /// Connections that this guest has and the agent was never told of.
 pub const UNKNOWN: &str = "below-threshold-or-not-preloaded";
@@ -36,6 +38,12 @@ pub struct Line {
     pub reason: Option<String>,
     /// Bytes so far.
     pub bytes: LaneBytes,
+    /// What was agreed with the backend, for whoever looks into a lane that does not change.
+    pub stage: String,
+    /// The generation of that, or 0.
+    pub generation: u32,
+    /// What the record says of both directions.
+    pub state: String,
 }
 
 /// Totals since the agent's start.
@@ -167,6 +175,9 @@ fn on_tcp(tuple: Tuple) -> Line {
         rx_lane: tcp(),
         reason: None,
         bytes: LaneBytes::default(),
+        stage: "unknown".into(),
+        generation: 0,
+        state: String::new(),
     }
 }
 
@@ -177,7 +188,10 @@ fn line(registry: &Registry, conn: &Conn) -> Line {
     let (tx, rx) = (lane(status::TX_RING), lane(status::RX_RING | status::RX_RESIDUE));
     let mut reason = conn.course.reason();
     if tx == Lane::Tcp && rx == Lane::Tcp && matches!(conn.course.stage(), Stage::Idle) {
-        reason = reason.or(conn.ending.map(|_| vsocket_channel::reason::Reason::Ending));
+        reason = reason.or(conn.ending.map(|_| Reason::Ending));
+    }
+    if record.is_some_and(|r| r.violation.load(Ordering::Relaxed) != 0) {
+        reason = Some(Reason::Violation);
     }
     Line {
         program: program.map_or_else(|| "-".into(), |p| p.name.clone()),
@@ -186,6 +200,9 @@ fn line(registry: &Registry, conn: &Conn) -> Line {
         rx_lane: rx.name().into(),
         reason: reason.map(|r| r.name().into()),
         bytes: record.map(LaneBytes::of).unwrap_or_default(),
+        stage: conn.ending.map_or(conn.course.stage().name(), |_| "ending").into(),
+        generation: conn.course.generation().unwrap_or(0),
+        state: record.map_or_else(String::new, |r| status::names(r.status.load(Ordering::Acquire))),
         ..on_tcp(conn.tuple)
     }
 }

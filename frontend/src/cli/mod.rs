@@ -8,15 +8,11 @@ mod ss;
 mod stat;
 
 use crate::agent;
-use crate::program::client::{AGENT_DEFAULT, AGENT_VARIABLE};
+use crate::program::client::{AGENT_DEFAULT, AGENT_VARIABLE, THRESHOLD_BYTES, THRESHOLD_ROUNDS};
 use clap::{Args, Parser, Subcommand};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
-
-/// Upgrade thresholds where none are given: below them the price of an upgrade is not earned back.
-const THRESHOLD_BYTES: u64 = 16 * 1024;
-const THRESHOLD_ROUNDS: u32 = 16;
 
 /// Socket acceleration for unmodified programs.
 #[derive(Debug, Parser)]
@@ -47,7 +43,7 @@ enum Command {
         /// A connection is upgraded once it has moved this many bytes.
         #[arg(long, default_value_t = THRESHOLD_BYTES)]
         threshold_bytes: u64,
-        /// Or once it has made this many round trips.
+        /// Or once its direction of travel has turned so often: twice in a round trip.
         #[arg(long, default_value_t = THRESHOLD_ROUNDS)]
         threshold_rounds: u32,
     },

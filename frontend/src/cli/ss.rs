@@ -69,6 +69,9 @@ mod tests {
             rx_lane: "tcp".into(),
             reason: None,
             bytes: LaneBytes { direct: TxRx { tx: 10, rx: 0 }, ..LaneBytes::default() },
+            stage: "committed".into(),
+            generation: 1,
+            state: "tx-ring".into(),
         };
         let lines = table(&[HEAD.map(str::to_owned), row(&line)]);
         assert_eq!(

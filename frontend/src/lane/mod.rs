@@ -30,6 +30,32 @@ pub enum Violation {
     Index,
 }
 
+impl Violation {
+    /// All of them, in the order of their codes, which begin at 1.
+    pub const ALL: [Self; 5] = [Self::Phase, Self::Acknowledged, Self::Rewind, Self::Counters, Self::Index];
+
+    /// Its code in a record.
+    pub fn code(self) -> u32 {
+        self as u32 + 1
+    }
+
+    /// What a record's code means; 0 is none.
+    pub fn from_code(code: u32) -> Option<Self> {
+        Self::ALL.get(code.checked_sub(1)? as usize).copied()
+    }
+
+    /// Its name in the counters.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Phase => "record-phase",
+            Self::Acknowledged => "acknowledged-offset",
+            Self::Rewind => "rewind",
+            Self::Counters => "kernel-counters",
+            Self::Index => "ring-index",
+        }
+    }
+}
+
 impl std::fmt::Display for Violation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
