@@ -52,27 +52,13 @@ const MEASURES: [Measure; 2] = [
 
 /// Agents of a and the server's guest with a threshold of their own.
 fn agents(lab: &Lab, path: Path, option: &str, threshold: u64) -> Vec<Program> {
-    let program = common::agent::binary("vsocket");
-    let program = program.to_str().expect("a path in UTF-8");
-    let start = |guest: &str| {
-        let file = |kind: &str| lab.state().join(format!("{guest}.{kind}")).display().to_string();
-        let socket = file("agent");
-        let _ = std::fs::remove_file(&socket);
-        let threshold = threshold.to_string();
-        let mut command = vec![program, "agent", "--socket", &socket, "--vport"];
-        let vport = file("vport");
-        command.extend([vport.as_str(), option, &threshold]);
-        let never = NEVER.to_string();
-        if threshold == never {
-            let other =
-                if option == "--threshold-bytes" { "--threshold-rounds" } else { "--threshold-bytes" };
-            command.extend([other, &never]);
-        }
-        let agent = lab.exec(guest, &command);
-        common::wait_until(common::SOON, "the agent serves", || std::path::Path::new(&socket).exists());
-        agent
-    };
-    ["a", path.server()].map(start).into()
+    let (value, never) = (threshold.to_string(), NEVER.to_string());
+    let mut options = vec![option, &value];
+    if threshold == NEVER {
+        let other = if option == "--threshold-bytes" { "--threshold-rounds" } else { "--threshold-bytes" };
+        options.extend([other, &never]);
+    }
+    ["a", path.server()].map(|guest| lab.agent(guest, &options)).into()
 }
 
 /// Time per connection.

@@ -5,8 +5,7 @@
 mod common;
 
 use common::agent::{Directory, Fake, Prepared};
-use common::{Lab, PROGRAM, Program, SOON, example, v4, wait_until};
-use serde_json::Value;
+use common::{Lab, PROGRAM, Program, SOON, example, v4, wait_for, wait_until};
 use vsocket_channel::message::Message;
 use vsocket_channel::reason::Reason;
 
@@ -199,30 +198,58 @@ fn a_ring_index_out_of_range_ends_its_own_direct_connection() {
     lab.daemon("stop", "agent", "b");
     let fake = Fake::attach(&lab.state().join("b.vport"));
     let _server = lab.stream_server("exec", "b", v4("b", 7001), &[]);
-    let spoil: [fn(&Prepared); 2] = [
-        // More in the ring than it holds; and more taken from it than was ever put there.
-        |prepared| {
-            prepared.publish_stay(0);
-            prepared.set_head(u64::MAX / 2);
-        },
-        |prepared| prepared.set_tail(u64::MAX / 2),
-    ];
-    for (n, spoil) in spoil.into_iter().enumerate() {
-        let [from, to] = [v4("a", 6001 + n as u16), v4("b", 7001)];
-        let options = ["--from", &from.to_string(), "--until-eof", "--every", "1"];
-        let mut victim = lab.stream("run", "a", "echo", to, &options);
-        fake.open(n as u64 + 1, to, from);
-        let prepared = fake.prepare();
-        fake.commit(&prepared);
-        spoil(&prepared);
-        prepared.ring();
-        victim.end_input();
-        let ended = victim.ends(SOON);
-        let report: Value = serde_json::from_str(&ended.out).expect("the victim's report");
-        assert_eq!(report["end"], "reset", "{report}");
-        wait_until(SOON, "counted", || lab.stat("a").drops("ring-index") == n as u64 + 1);
-    }
+    let _answerer = lab.exec("b", &["python3", "-c", ANSWERER]);
+    let more_than_it_holds = |prepared: &Prepared| {
+        prepared.publish_stay(20);
+        prepared.set_head(u64::MAX / 2);
+    };
+    let more_than_was_put_there = |prepared: &Prepared| {
+        // The sender sets the tail itself when it begins.
+        wait_until(SOON, "it is on the ring", || lab.ss("a").iter().any(|l| l.lanes().0 == "direct"));
+        prepared.set_tail(u64::MAX / 2);
+    };
+    // One that has received 20 bytes and waits for more; and one that writes.
+    let reader = lab.run("a", &["python3", "-c", READER]);
+    spoil(&lab, &fake, 1, more_than_it_holds);
+    assert_eq!(reader.ends(SOON).ok(), "reset\n");
+    let writer = ["--from", "198.51.100.1:6002", "--until-eof", "--one-way", "--pace", "100000000"];
+    let writer = lab.stream("run", "a", "connect", v4("b", 7001), &writer);
+    spoil(&lab, &fake, 2, more_than_was_put_there);
+    let ended = writer.ends(SOON);
+    assert!(!ended.status.success() && ended.out.contains("reset"), "{}{}", ended.out, ended.err);
+    wait_until(SOON, "both are counted", || lab.stat("a").drops("ring-index") == 2);
     drop(fake);
     lab.daemon("start", "agent", "b");
     witness.ends_well();
+}
+
+/// Answers twenty bytes, one at a time, and then nothing.
+const ANSWERER: &str = "
+import socket, time
+s = socket.create_server(('198.51.100.2', 7002)).accept()[0]
+for _ in range(20): s.send(s.recv(1))
+time.sleep(60)";
+
+const READER: &str = "
+import socket, time
+for _ in range(100):
+    try: s = socket.create_connection(('198.51.100.2', 7002), source_address=('198.51.100.1', 6001))
+    except ConnectionRefusedError: time.sleep(0.05)
+    else: break
+for _ in range(20): s.send(b'x'); s.recv(1)
+try: print(s.recv(1))
+except ConnectionResetError: print('reset')";
+
+/// Takes the lane of connection `n` from port 6000 + `n` of guest a, and writes into its segment.
+fn spoil(lab: &Lab, fake: &Fake, n: u64, how: impl Fn(&Prepared)) {
+    let from = v4("a", 6000 + n as u16);
+    let to = wait_for(SOON, "the guest has opened it", || {
+        let opened = lab.ss("a").into_iter().find(|l| l.local() == from.to_string() && l.pid() != 0)?;
+        Some(opened.peer().parse().expect("an address"))
+    });
+    fake.open(n, to, from);
+    let prepared = fake.prepare();
+    fake.commit(&prepared);
+    how(&prepared);
+    prepared.ring();
 }

@@ -127,7 +127,7 @@ impl Endpoint<'_> {
     /// Ends the connection for both sides: something cannot be, and going on could lose or double bytes.
     pub fn break_off(&self) {
         let before = self.record.status.load(Ordering::Acquire);
-        self.record.set_status(status::BROKEN, status::BROKEN);
+        self.broken();
         kernel::abort(self.anchor);
         // A segment that was left may be another connection's by now.
         let Some(bound) = self.bound.filter(|_| before & (status::TX_STATE | status::RX_OPEN) != 0) else {
@@ -140,6 +140,21 @@ impl Endpoint<'_> {
             bound.rx().indices.reader.closed.store(1, Ordering::Release);
         }
         bound.ring_far();
+    }
+
+    /// No bytes move any more, and the application does not know it yet.
+    fn broken(&self) {
+        if !self.record.is(status::BROKEN) {
+            let bits = status::BROKEN | status::UNTOLD;
+            self.record.set_status(bits, bits);
+        }
+    }
+
+    /// A call failed after it had moved bytes, which is what it reports: the next one reports the reset.
+    pub fn tell_later(&self) {
+        if self.record.is(status::BROKEN) {
+            self.record.set_status(status::UNTOLD, status::UNTOLD);
+        }
     }
 
     /// The reading application has gone: tells the sender across, if it is on a ring or may come onto one.

@@ -30,6 +30,9 @@ pub mod status {
     pub const BROKEN: u32 = 64;
     /// The sender was shut for writing.
     pub const TX_SHUT: u32 = 128;
+    /// The abort was not reported to the application yet: the next call that fails says `ECONNRESET`, and later ones what
+    /// they would after `SO_ERROR` was read.
+    pub const UNTOLD: u32 = 256;
     /// All bits that belong to the receiver's state.
     pub const RX_STATE: u32 = RX_RING | RX_OPEN | RX_RESIDUE;
     /// All bits that belong to the sender's state.
@@ -46,6 +49,7 @@ pub mod status {
             (RX_EOF, "rx-eof"),
             (BROKEN, "broken"),
             (TX_SHUT, "tx-shut"),
+            (UNTOLD, "untold"),
         ];
         let set: Vec<_> = all.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name).collect();
         set.join(" ")
@@ -242,6 +246,11 @@ impl Record {
             // Each half's bits are changed only under that half's lock, so two updates do not undo each other.
             let _ = self.status.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |s| Some(s & !mask | bits));
         }
+    }
+
+    /// Takes some bits away; whether any of them was set.
+    pub fn take(&self, bits: u32) -> bool {
+        self.is(bits) && self.status.fetch_and(!bits, Ordering::AcqRel) & bits != 0
     }
 
     /// Bytes of a program's record memory.

@@ -177,12 +177,12 @@ impl Fake {
         assert_eq!(self.message(), Message::Declined { conn, reason });
     }
 
-    /// Hears `Prepare`; declines on the way are skipped.
+    /// Hears `Prepare`; what is said of earlier connections is skipped.
     pub fn prepare(&self) -> Prepared {
         loop {
             let mut packet = self.hear().expect("it has not hung up");
             match packet.message {
-                Ok(Message::Declined { .. }) => {}
+                Ok(Message::Declined { .. } | Message::Withdraw { .. }) => {}
                 Ok(Message::Prepare { conn, generation, segment }) => {
                     assert_eq!(packet.fds.len(), 9, "slab, own bells, far bells");
                     let far_bells = packet.fds.split_off(5);

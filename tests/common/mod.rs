@@ -75,6 +75,16 @@ pub fn wait_until(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) 
     }
 }
 
+/// Looks until it is there, as [`wait_until`] does.
+pub fn wait_for<T>(limit: Duration, what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+    let mut value = None;
+    wait_until(limit, what, || {
+        value = found();
+        value.is_some()
+    });
+    value.unwrap_or_else(|| unreachable!("waited until it was some"))
+}
+
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
@@ -239,6 +249,18 @@ impl Lab {
     pub fn stream(&self, verb: &str, guest: &str, mode: &str, to: SocketAddr, options: &[&str]) -> Program {
         let (program, to) = (example("stream"), to.to_string());
         self.start(verb, guest, &[&[program.as_str(), mode, &to], options].concat())
+    }
+
+    /// An agent of the test's own options in place of the lab's, which must be stopped.
+    pub fn agent(&self, guest: &str, options: &[&str]) -> Program {
+        let file = |kind: &str| self.state().join(format!("{guest}.{kind}")).display().to_string();
+        let (socket, vport, program) = (file("agent"), file("vport"), self.bin.join("vsocket"));
+        let _ = fs::remove_file(&socket);
+        let program = program.to_str().expect("a path in UTF-8");
+        let agent = self
+            .exec(guest, &[&[program, "agent", "--socket", &socket, "--vport", &vport], options].concat());
+        wait_until(SOON, "the agent serves", || std::path::Path::new(&socket).exists());
+        agent
     }
 
     // ------------------------------------------------------------ counters

@@ -25,10 +25,14 @@ impl Endpoint<'_> {
             let mut rx = self.lock_rx()?;
             let got = self.recv_locked(&mut rx, bufs, peek, look, &mut ended);
             self.settle_rx(&rx);
-            // A socket that was aborted here is not connected any more; the application knows only of the reset.
-            got.map_err(|e| {
-                if e == Errno::NOTCONN && self.record.is(status::BROKEN) { Errno::CONNRESET } else { e }
-            })
+            match got {
+                // A socket that was aborted here is not connected any more; the application knows only of the reset, and
+                // hears of it once, as from the kernel.
+                Err(Errno::NOTCONN | Errno::CONNRESET) if self.record.is(status::BROKEN) => {
+                    if self.record.take(status::UNTOLD) { Err(Errno::CONNRESET) } else { Ok(0) }
+                }
+                other => other,
+            }
         };
         if ended != 0 {
             // The sender across has left: so do we, so that both can come back together.
@@ -150,11 +154,11 @@ impl Endpoint<'_> {
         let n = match peeked {
             Ok(0) if ready == 0 => {
                 // The kernel's FIN without a REWIND: the whole guest, or its agent and program, died.
-                self.record.set_status(status::BROKEN, status::BROKEN);
+                self.broken();
                 return Err(Errno::CONNRESET);
             }
             Err(error) if error != Errno::AGAIN && ready == 0 => {
-                self.record.set_status(status::BROKEN, status::BROKEN);
+                self.broken();
                 return Err(error);
             }
             Ok(0) | Err(_) if ready > 0 => return Ok(None),

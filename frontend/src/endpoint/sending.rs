@@ -19,15 +19,27 @@ impl Endpoint<'_> {
     ///
     /// `AGAIN` if nothing can, else what `send(2)` would say.
     pub fn send(&self, bufs: &[IoSlice<'_>], flags: SendFlags) -> Result<usize> {
+        let sent = self.lock_tx().and_then(|mut tx| self.send_locked(&mut tx, bufs, flags));
+        match sent {
+            Err(error) if error != Errno::AGAIN && self.record.take(status::UNTOLD) => Err(Errno::CONNRESET),
+            other => other,
+        }
+    }
+
+    fn send_locked(
+        &self,
+        tx: &mut Guard<'_, TxState>,
+        bufs: &[IoSlice<'_>],
+        flags: SendFlags,
+    ) -> Result<usize> {
         let len = slices_len(bufs);
-        let mut tx = self.lock_tx()?;
         loop {
             if self.record.is(status::BROKEN | status::TX_SHUT) {
                 return Err(Errno::PIPE);
             }
             match tx.phase().map_err(|v| self.violated(v))? {
                 Phase::Anchor => {
-                    if let Some(n) = if len > 0 { self.try_switch(&mut tx, bufs)? } else { None } {
+                    if let Some(n) = if len > 0 { self.try_switch(tx, bufs)? } else { None } {
                         return Ok(n);
                     }
                     let n = send_anchor(self.anchor, bufs, flags)?;
@@ -37,13 +49,13 @@ impl Endpoint<'_> {
                 }
                 Phase::Ring => {
                     if self.record.leave.load(Ordering::Acquire) >= tx.generation {
-                        self.seal(&mut tx)?;
+                        self.seal(tx)?;
                         continue;
                     }
-                    return self.send_ring(&mut tx, bufs, len);
+                    return self.send_ring(tx, bufs, len);
                 }
                 Phase::Draining => {
-                    if !self.pump(&mut tx)? {
+                    if !self.pump(tx)? {
                         return Err(Errno::AGAIN);
                     }
                 }
@@ -193,7 +205,7 @@ impl Endpoint<'_> {
                 Err(Errno::AGAIN) => return Ok(false),
                 Err(Errno::INTR) => {}
                 Err(other) => {
-                    self.record.set_status(status::BROKEN, status::BROKEN);
+                    self.broken();
                     return Err(other);
                 }
             }

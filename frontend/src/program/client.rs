@@ -367,6 +367,12 @@ impl Client {
         MAIL.store(mail, Ordering::Release);
         self.shared = Some(shared);
         self.program = program;
+        // Whoever has proved worth it meanwhile may make no call for a while.
+        for (fd, slot) in table::all() {
+            if slot.phase.load(Ordering::Relaxed) == table::WANTED && slot.inside() == 0 {
+                self.track(fd, slot);
+            }
+        }
     }
 
     fn tracked(&mut self, handle: u64, record: u32) {

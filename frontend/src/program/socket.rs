@@ -168,7 +168,12 @@ pub fn send(fd: i32, slot: &'static Slot, bufs: &[IoSlice<'_>], flags: SendFlags
         });
         match sent {
             Ok(n) => done += n,
-            Err(_) if done > 0 => return Ok(done),
+            Err(_) if done > 0 => {
+                if let Some(conn) = slot.conn() {
+                    conn.endpoint().tell_later();
+                }
+                return Ok(done);
+            }
             Err(error) => return Err(error),
         }
         // A blocking send returns when all is taken; a non-blocking one with what was.
@@ -230,7 +235,13 @@ pub fn recv(
     while all && done > 0 && done < total {
         match recv_some(fd, slot, &mut after_mut(bufs, done), flags, (nonblocking, peek)) {
             Ok(n) if n > 0 => done += n,
-            _ => break,
+            Ok(_) => break,
+            Err(_) => {
+                if let Some(conn) = slot.conn() {
+                    conn.endpoint().tell_later();
+                }
+                break;
+            }
         }
     }
     Ok(done)
