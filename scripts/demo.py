@@ -541,7 +541,7 @@ def main():
     lab = Lab()
     atexit.register(lab.down)
     rounds = args.rounds or (3 if args.quick else 5)
-    demo = Demo(lab, progress, rounds, seconds=0.2 if args.quick else 1.5)
+    demo = Demo(lab, progress, rounds, seconds=0.25 if args.quick else 2.0)
     try:
         progress.line(f"bringing up lab {lab.name} (should this be killed: LAB={lab.name} scripts/lab down)")
         lab.up()
