@@ -231,7 +231,12 @@ impl Lab {
 
     /// Starts an accelerated server and waits until it listens.
     pub fn serve(&self, guest: &str, port: u16, command: &[&str]) -> Program {
-        let mut server = self.run(guest, command);
+        self.serve_by("run", guest, port, command)
+    }
+
+    /// Starts a server, accelerated or (`exec`) plain, and waits until it listens.
+    pub fn serve_by(&self, verb: &str, guest: &str, port: u16, command: &[&str]) -> Program {
+        let mut server = self.start(verb, guest, command);
         server.listens(port);
         server
     }
