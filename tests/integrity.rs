@@ -125,3 +125,22 @@ fn a_pause_before_the_upgrade() {
     server.report();
     before.upgraded(1);
 }
+
+/// One direction ends long before the other, which stays on its lane; and one that begins only then gets onto it.
+#[test]
+fn a_half_close_leaves_the_other_direction_on_its_lane() {
+    for path in [Path::SameHost, Path::CrossHost] {
+        let lab = Lab::up(&format!("integrity-half-close-{}", path.lane()));
+        let address = v4(path.server(), PORT);
+        for server in [&["--pace", "100000000"][..], &["--answer-at-end"]] {
+            let server = lab.stream_server("run", path.server(), address, &[&["--once"], server].concat());
+            let before = lab.before(path);
+            let options = ["--bytes", "100000000", "--pace", "400000000"];
+            lab.stream("run", "a", "connect", address, &options).report();
+            server.report();
+            before.upgraded(1);
+            // The upgrade itself takes some milliseconds.
+            before.on_lane(180_000_000, 0.92);
+        }
+    }
+}

@@ -24,14 +24,19 @@ pub struct Rewind {
     pub generation: u32,
     /// Stream offset of the raw byte that follows.
     pub resume: u64,
+    /// The sender has shut: after these bytes comes the end of the stream, and the other direction may stay where it is.
+    pub last: bool,
 }
 
+const LEFT: u8 = 1;
+const SHUT: u8 = 2;
+
 impl Rewind {
-    /// The frame: escape byte, "VS", version, generation, offset; big-endian.
+    /// The frame: escape byte, "VS", kind (1 left, 2 shut), generation, offset; big-endian.
     pub fn encode(self, escape: u8) -> [u8; REWIND_LEN] {
         let mut out = [0; REWIND_LEN];
         out[0] = escape;
-        out[1..4].copy_from_slice(b"VS\x01");
+        out[1..4].copy_from_slice(&[b'V', b'S', if self.last { SHUT } else { LEFT }]);
         out[4..8].copy_from_slice(&self.generation.to_be_bytes());
         out[8..].copy_from_slice(&self.resume.to_be_bytes());
         out
@@ -41,9 +46,11 @@ impl Rewind {
     pub fn decode(frame: &[u8; REWIND_LEN], escape: u8) -> Option<Self> {
         let (head, rest) = frame.split_first_chunk::<4>()?;
         let (generation, resume) = rest.split_first_chunk::<4>()?;
-        (*head == [escape, b'V', b'S', 1]).then_some(Self {
+        let [first, b'V', b'S', kind @ (LEFT | SHUT)] = *head else { return None };
+        (first == escape).then_some(Self {
             generation: u32::from_be_bytes(*generation),
             resume: u64::from_be_bytes(*resume.first_chunk()?),
+            last: kind == SHUT,
         })
     }
 }
@@ -99,12 +106,14 @@ mod tests {
 
     #[test]
     fn a_rewind_round_trips_and_a_tenants_bytes_are_none() {
-        let rewind = Rewind { generation: 7, resume: 0x0102_0304_0506_0708 };
+        let rewind = Rewind { generation: 7, resume: 0x0102_0304_0506_0708, last: false };
         let frame = rewind.encode(b'x');
         assert_eq!(frame, *b"xVS\x01\0\0\0\x07\x01\x02\x03\x04\x05\x06\x07\x08");
         assert_eq!(Rewind::decode(&frame, b'x'), Some(rewind));
         assert_eq!(Rewind::decode(&frame, b'y'), None);
-        assert_eq!(Rewind::decode(b"xVS\x02\0\0\0\x07\x01\x02\x03\x04\x05\x06\x07\x08", b'x'), None);
+        let last = Rewind { last: true, ..rewind };
+        assert_eq!(Rewind::decode(&last.encode(b'x'), b'x'), Some(last));
+        assert_eq!(Rewind::decode(b"xVS\x03\0\0\0\x07\x01\x02\x03\x04\x05\x06\x07\x08", b'x'), None);
     }
 
     #[test]

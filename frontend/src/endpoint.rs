@@ -265,9 +265,17 @@ impl Endpoint<'_> {
         self.settle_rx(&rx);
     }
 
-    /// Whether neither direction of this end uses its generation any more.
+    /// Whether neither direction of this end uses its generation any more, or may yet come to.
     pub fn has_left(&self) -> bool {
-        !self.record.is(status::TX_STATE | status::RX_STATE)
+        !self.record.is(status::TX_STATE | status::RX_STATE) && !self.may_switch()
+    }
+
+    /// Whether the sender may still switch to the generation: the peer has shut its own direction before we sent anything.
+    fn may_switch(&self) -> bool {
+        let ready = self.record.ready.load(Ordering::Acquire);
+        self.bound.is_some_and(|b| b.generation == ready)
+            && self.record.leave.load(Ordering::Acquire) < ready
+            && !self.record.is(status::TX_SHUT | status::BROKEN)
     }
 }
 

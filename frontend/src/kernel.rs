@@ -3,6 +3,8 @@
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::io;
 use std::net::SocketAddr;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU8, Ordering};
 use vsocket_channel::message::Tuple;
 
 /// The anchor's counters, taken while they did not move.
@@ -14,9 +16,12 @@ pub struct Counters {
     pub rx: u64,
     /// Whether it is established (`TCP_INFO`'s state 1).
     pub established: bool,
+    /// Whether this end may send: established, or only the peer has shut.
+    pub sends: bool,
 }
 
 const TCP_ESTABLISHED: u8 = 1;
+const TCP_CLOSE_WAIT: u8 = 8;
 
 fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<libc::tcp_info> {
     // SAFETY: zero is a valid tcp_info; the kernel writes at most `len` bytes of it.
@@ -62,7 +67,9 @@ pub fn counters(fd: impl AsFd, connector: bool) -> io::Result<Option<Counters>> 
         if key(&before) == key(&after) {
             let tx = (after.tcpi_bytes_acked + out).saturating_sub(u64::from(connector));
             let rx = after.tcpi_bytes_received.saturating_sub(inq);
-            return Ok(Some(Counters { tx, rx, established: after.tcpi_state == TCP_ESTABLISHED }));
+            let state = after.tcpi_state;
+            let sends = matches!(state, TCP_ESTABLISHED | TCP_CLOSE_WAIT);
+            return Ok(Some(Counters { tx, rx, established: state == TCP_ESTABLISHED, sends }));
         }
         before = after;
     }
@@ -98,6 +105,35 @@ pub fn peer_credentials(fd: impl AsFd) -> io::Result<(i32, u32)> {
         )
     };
     if got == 0 { Ok((peer.pid, peer.uid)) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Whether the process has never had a second thread (glibc's `__libc_single_threaded`, 2.32): then nothing happens to a
+/// connection while a call waits in the kernel.
+pub fn single_threaded() -> bool {
+    static FLAG: OnceLock<usize> = OnceLock::new();
+    // SAFETY: the name is a C string; the answer is null or the address of a variable that lives as long as the process.
+    let flag = *FLAG.get_or_init(|| unsafe {
+        libc::dlsym(libc::RTLD_DEFAULT, c"__libc_single_threaded".as_ptr()) as usize
+    });
+    let flag = std::ptr::with_exposed_provenance::<AtomicU8>(flag);
+    // SAFETY: null, or one byte that glibc writes when a thread is made; any value is valid.
+    unsafe { flag.as_ref() }.is_some_and(|flag| flag.load(Ordering::Relaxed) != 0)
+}
+
+/// Whether a socket call without a time-out that a signal interrupted goes on by itself: every handler that could have run
+/// has `SA_RESTART` (signal(7)). Those of faults do not count: they are no interruption.
+pub fn calls_are_restarted() -> bool {
+    const FAULTS: [i32; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP];
+    (1..=libc::SIGRTMAX()).filter(|signal| !FAULTS.contains(signal)).all(|signal| {
+        let mut action = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
+        // SAFETY: only asks; the pointer names a structure of the right type, for which zero is valid too.
+        let action = unsafe {
+            libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr());
+            action.assume_init()
+        };
+        let handled = action.sa_sigaction != libc::SIG_DFL && action.sa_sigaction != libc::SIG_IGN;
+        !handled || action.sa_flags & libc::SA_RESTART != 0
+    })
 }
 
 /// Aborts the connection: a reset goes out at once, whoever else holds a duplicate (`connect` to `AF_UNSPEC`).

@@ -24,7 +24,8 @@ use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
 
-const USAGE: &str = "stream serve ADDR [--once] [--epoll] [--pace BYTES]
+const USAGE: &str = "stream serve ADDR [--once] [--epoll] [--pace BYTES] [--answer-at-end]
+    --answer-at-end   sends its own stream when it has received all of the client's
 stream connect ADDR --bytes N | --until-eof
     --seed S          of the stream from here; the one back has S + 1 (default 1)
     --epoll           one thread and non-blocking I/O
@@ -83,6 +84,7 @@ struct Options {
     once: bool,
     epoll: bool,
     one_way: bool,
+    answer_at_end: bool,
     no_trailer: bool,
     hold: bool,
     report: Option<String>,
@@ -115,6 +117,7 @@ impl Options {
                 "--until-eof" => o.until_eof = true,
                 "--once" => o.once = true,
                 "--epoll" => o.epoll = true,
+                "--answer-at-end" => o.answer_at_end = true,
                 "--one-way" => o.one_way = true,
                 "--no-trailer" => o.no_trailer = true,
                 "--hold" => o.hold = true,
@@ -312,6 +315,8 @@ struct Sender {
     stop: Arc<AtomicBool>,
     report: Option<File>,
     pace: Option<(u64, Instant)>,
+    /// With threads: sends nothing before the stream from the other end has ended.
+    begins_at_eof: bool,
 }
 
 impl Sender {
@@ -330,6 +335,7 @@ impl Sender {
             stop,
             report: None,
             pace: None,
+            begins_at_eof: false,
         }
     }
 
@@ -557,6 +563,9 @@ fn by_threads(
     std::thread::scope(|scope| {
         let out = scope.spawn(|| -> io::Result<()> {
             let (Some(sender), mut to) = (sender, stream) else { return Ok(()) };
+            while sender.begins_at_eof && !at_eof.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
             while sender.pump(&mut to)? == Pumped::More {}
             stream.shutdown(Shutdown::Write)
         });
@@ -665,6 +674,7 @@ fn answer(mut stream: TcpStream, peer: SocketAddr, options: &Options) -> Result<
         let stop = if hello.bytes == u64::MAX { at_eof.clone() } else { Arc::default() };
         let mut sender = Sender::new(hello.seed.wrapping_add(1), hello.bytes, stop);
         sender.pace = options.pace.map(|rate| (rate, begun));
+        sender.begins_at_eof = options.answer_at_end;
         sender
     });
     let report = exchange(stream, sender, Some(receiver), options.epoll, &at_eof);

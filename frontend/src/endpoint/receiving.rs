@@ -145,7 +145,8 @@ impl Endpoint<'_> {
         done
     }
 
-    /// At S with the ring drained: what does the anchor say? The generation that has ended, if one has.
+    /// At S with the ring drained: what does the anchor say? The generation that has ended, if one has and our own direction
+    /// is to leave it too.
     fn judge(&self, rx: &mut Guard<'_, RxState>, bound: &Bound) -> Result<Option<u32>> {
         let mut frame = [0; REWIND_LEN];
         let peeked = recv_anchor(self.anchor, &mut frame, RecvFlags::PEEK);
@@ -167,18 +168,20 @@ impl Endpoint<'_> {
         };
         let generation = rx.generation;
         let head = rx.off.wrapping_add(ready as u64);
+        let mut shut = false;
         match rx.judge(&frame[..n], head).map_err(|v| self.violated(v))? {
             Verdict::Wait if ready > 0 => return Ok(None),
             Verdict::Wait => return Err(Errno::AGAIN),
             Verdict::Cancelled => {}
-            Verdict::Rewound => {
+            Verdict::Rewound { last } => {
                 // The verdict is stored, then the frame is taken.
                 rx.commit();
                 let _ = recv_anchor(self.anchor, &mut frame, RecvFlags::empty());
+                shut = last;
             }
         }
         bound.rx().indices.reader.sealed.store(1, Ordering::Release);
-        Ok(Some(generation))
+        Ok((!shut).then_some(generation))
     }
 
     fn take_raw(

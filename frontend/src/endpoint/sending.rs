@@ -123,7 +123,7 @@ impl Endpoint<'_> {
         let Some(bound) = self.bound_for(ready) else { return Ok(None) };
         let connector = self.record.connector.load(Ordering::Relaxed) != 0;
         match kernel::counters(self.anchor, connector) {
-            Ok(Some(c)) if c.established && c.tx == tx.wire => {}
+            Ok(Some(c)) if c.sends && c.tx == tx.wire => {}
             Ok(None) => return Ok(None),
             _ => {
                 // Bytes moved that we did not see: this generation is not for us.
@@ -215,9 +215,16 @@ impl Endpoint<'_> {
     /// Leaves generations up to this one: seals the sender's stay, if it is in one, and writes what can be written now.
     /// True when nothing is left to drain.
     pub fn leave(&self, generation: u32) -> Result<bool> {
+        self.leave_because(generation, false)
+    }
+
+    fn leave_because(&self, generation: u32, shut: bool) -> Result<bool> {
         self.record.leave.fetch_max(generation, Ordering::AcqRel);
         let mut tx = self.lock_tx()?;
         if tx.phase() == Ok(Phase::Ring) && tx.generation <= generation {
+            if shut {
+                tx.shut();
+            }
             self.seal(&mut tx)?;
         }
         match tx.phase().map_err(|v| self.violated(v))? {
@@ -236,7 +243,7 @@ impl Endpoint<'_> {
     /// writable).
     pub fn shut(&self) -> Result<bool> {
         self.record.set_status(status::TX_SHUT, status::TX_SHUT);
-        if !self.leave(u32::MAX)? {
+        if !self.leave_because(u32::MAX, true)? {
             return Ok(false);
         }
         rustix::net::shutdown(self.anchor, rustix::net::Shutdown::Write)?;

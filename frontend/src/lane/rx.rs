@@ -47,7 +47,10 @@ pub enum Verdict {
     /// The stay was cancelled: raw bytes go on at S. Nothing is to be taken from the anchor.
     Cancelled,
     /// The stay ended: take the frame ([`REWIND_LEN`] bytes) from the anchor.
-    Rewound,
+    Rewound {
+        /// Because the sender has shut: the other direction need not leave.
+        last: bool,
+    },
 }
 
 /// The receiver's state. Plain data in shared memory, as [`super::tx::TxState`].
@@ -176,7 +179,7 @@ impl RxState {
         self.wire += REWIND_LEN as u64;
         self.kept = head.max(self.off);
         self.close();
-        Ok(Verdict::Rewound)
+        Ok(Verdict::Rewound { last: rewind.last })
     }
 
     /// The lock was taken over from a dead owner: `wire` bytes of the anchor have been taken from the kernel. Raw bytes that
@@ -227,9 +230,9 @@ mod tests {
     #[test]
     fn a_rewind_goes_back_and_what_is_there_already_is_dropped() {
         let mut rx = at_start();
-        let frame = Rewind { generation: 5, resume: 22 }.encode(b'e');
+        let frame = Rewind { generation: 5, resume: 22, last: false }.encode(b'e');
         assert_eq!(rx.judge(&frame[..15], 26), Ok(Verdict::Wait));
-        assert_eq!(rx.judge(&frame, 26), Ok(Verdict::Rewound));
+        assert_eq!(rx.judge(&frame, 26), Ok(Verdict::Rewound { last: false }));
         assert_eq!(rx.source(), Source::Residue { to: 26 });
         rx.took_ring(2);
         assert_eq!(rx.source(), Source::Raw { drop: 4, limit: u64::MAX, guarded: false });
@@ -249,7 +252,7 @@ mod tests {
     #[test]
     fn a_rewind_beyond_what_was_received_is_a_violation() {
         for (generation, resume) in [(5, 19), (5, 25), (4, 22)] {
-            let frame = Rewind { generation, resume }.encode(b'e');
+            let frame = Rewind { generation, resume, last: false }.encode(b'e');
             assert_eq!(at_start().judge(&frame, 24), Err(Violation::Rewind));
         }
         assert_eq!(at_start().judge(b"eeeeeeeeeeeeeeee", 24), Err(Violation::Rewind));
@@ -266,8 +269,8 @@ mod tests {
         assert_eq!(rx.recover(21), Err(Violation::Counters));
         rx.took_raw(6);
         rx.took_ring(4);
-        let frame = Rewind { generation: 5, resume: 22 }.encode(b'e');
-        assert_eq!(rx.judge(&frame, 24), Ok(Verdict::Rewound));
+        let frame = Rewind { generation: 5, resume: 22, last: false }.encode(b'e');
+        assert_eq!(rx.judge(&frame, 24), Ok(Verdict::Rewound { last: false }));
         assert_eq!(rx.recover(20), Ok(16));
         assert_eq!(rx.recover(19), Err(Violation::Counters));
     }

@@ -67,7 +67,8 @@ pub struct TxState {
     confirmed: u32,
     /// Bytes of the frame that are in the anchor; `REWIND_LEN` when none is due.
     frame_done: u32,
-    padding: u32,
+    /// 1: the stay was sealed because the sender has shut.
+    last: u32,
 }
 
 const ANCHOR: u32 = 0;
@@ -111,6 +112,7 @@ impl TxState {
         self.start = self.off;
         self.escape = u32::from(escape_for(first));
         self.confirmed = 0;
+        self.last = 0;
         Stay { generation, start: self.off, escape: self.escape as u8 }
     }
 
@@ -124,6 +126,13 @@ impl TxState {
     pub fn sent_ring(&mut self, n: u64) {
         self.off += n;
         self.on_ring += n;
+    }
+
+    /// Nothing more will be sent: if there is a stay, it ends for this reason when it is sealed.
+    pub fn shut(&mut self) {
+        if self.phase == RING {
+            self.last = 1;
+        }
     }
 
     /// Ends the stay: what was not `acknowledged` goes over the anchor. `confirmed` adds to what [`TxState::confirm`]
@@ -158,7 +167,8 @@ impl TxState {
         }
         let done = self.frame_done as usize;
         if done < REWIND_LEN {
-            let rewind = Rewind { generation: self.generation, resume: self.resume };
+            let Self { generation, resume, last, .. } = *self;
+            let rewind = Rewind { generation, resume, last: last != 0 };
             return Due::Frame { frame: rewind.encode(self.escape as u8), done };
         }
         if self.raw < self.off {
@@ -226,13 +236,33 @@ mod tests {
         tx.confirm();
         tx.seal(false, 104).unwrap();
         let Due::Frame { frame, done: 0 } = tx.due() else { panic!("{:?}", tx.due()) };
-        assert_eq!(Rewind::decode(&frame, frame[0]), Some(Rewind { generation: 3, resume: 104 }));
+        assert_eq!(
+            Rewind::decode(&frame, frame[0]),
+            Some(Rewind { generation: 3, resume: 104, last: false })
+        );
         tx.drained(5);
         assert!(matches!(tx.due(), Due::Frame { done: 5, .. }));
         tx.drained(11);
         assert_eq!(tx.due(), Due::Raw { from: 104, to: 110 });
         tx.drained(6);
         assert_eq!((tx.phase(), tx.wire), (Ok(Phase::Anchor), 100 + 16 + 6));
+    }
+
+    #[test]
+    fn a_stay_that_ends_by_a_shutdown_says_so() {
+        let mut tx = on_ring(10);
+        tx.confirm();
+        tx.shut();
+        tx.seal(false, 110).unwrap();
+        let Due::Frame { frame, .. } = tx.due() else { panic!("{:?}", tx.due()) };
+        assert_eq!(Rewind::decode(&frame, frame[0]).map(|r| r.last), Some(true));
+        // A frame that is under way does not change any more.
+        let mut tx = on_ring(10);
+        tx.confirm();
+        tx.seal(false, 110).unwrap();
+        tx.shut();
+        let Due::Frame { frame, .. } = tx.due() else { panic!("{:?}", tx.due()) };
+        assert_eq!(Rewind::decode(&frame, frame[0]).map(|r| r.last), Some(false));
     }
 
     #[test]

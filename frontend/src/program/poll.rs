@@ -5,6 +5,7 @@ use super::client;
 use super::conn::ConnRef;
 use super::table::{self, Slot};
 use super::wait::{self, Asleep, Spin};
+use crate::kernel;
 use crate::record::status;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::BorrowedFd;
@@ -215,7 +216,9 @@ pub fn poll(
 ) -> Outcome<usize> {
     client::check_mail();
     let phase = |fd: i32| table::slot(fd).map_or(table::NONE, |s| s.phase.load(Ordering::Acquire));
-    let special = fds.iter().any(|p| phase(p.fd) > table::COUNTED);
+    // Beside other threads, a wait inside the kernel would keep them from opening a connection.
+    let least = if kernel::single_threaded() { table::WANTED } else { table::COUNTED };
+    let special = fds.iter().any(|p| phase(p.fd) >= least);
     if !special {
         let counted = fds.iter().filter(|p| phase(p.fd) == table::COUNTED);
         let slots: Vec<_> = counted.filter_map(|p| table::slot(p.fd)).collect();

@@ -7,6 +7,7 @@ use super::epoll;
 use super::poll::{self, Want};
 use super::table::{self, Slot};
 use super::wait;
+use crate::kernel;
 use crate::record::status;
 use rustix::fd::BorrowedFd;
 use rustix::io::{Errno, IoSlice, IoSliceMut};
@@ -53,9 +54,39 @@ fn route(fd: i32, direction: u8) -> Route {
     Route::Served(slot)
 }
 
-/// How a receiving call is to be served.
-pub fn receiving(fd: i32) -> Route {
-    route(fd, RECEIVED)
+/// How a receiving call with these flags is to be served.
+///
+/// # Errors
+///
+/// `INTR` if a signal came while it waited to begin.
+pub fn receiving(fd: i32, flags: RecvFlags) -> Result<Route, Errno> {
+    let at_once = RecvFlags::DONTWAIT | RecvFlags::ERRQUEUE | RecvFlags::OOB;
+    if !flags.intersects(at_once)
+        && let Some(slot) = table::followed(fd)
+    {
+        wait_outside(fd, slot)?;
+    }
+    Ok(route(fd, RECEIVED))
+}
+
+/// A thread that waits in the kernel's recv would keep the connection from being opened, for as long as others send on it:
+/// so it waits for readability first, where it can be woken. One system call more, on counted connections only.
+fn wait_outside(fd: i32, slot: &'static Slot) -> Result<(), Errno> {
+    let counted = || slot.phase.load(Ordering::Acquire) == table::COUNTED;
+    if !counted() || kernel::single_threaded() || slot.nonblocking(fd) {
+        return Ok(());
+    }
+    if timeout(fd, rustix::net::sockopt::Timeout::Recv).is_some() {
+        return Ok(());
+    }
+    while counted() {
+        match poll::wait_one(fd, slot, Want::Read, None) {
+            Ok(true) => return Ok(()),
+            Err(Errno::INTR) if !kernel::calls_are_restarted() => return Err(Errno::INTR),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// How a sending call is to be served.
@@ -111,7 +142,10 @@ fn waiting(
                     };
                     deadline = Some(timeout(fd, which));
                 }
-                look = poll::wait_one(fd, slot, want, deadline.flatten())?;
+                look = match poll::wait_one(fd, slot, want, deadline.flatten()) {
+                    Err(Errno::INTR) if deadline.flatten().is_none() && kernel::calls_are_restarted() => true,
+                    other => other?,
+                };
             }
             other => return other,
         }

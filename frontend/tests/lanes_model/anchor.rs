@@ -29,7 +29,7 @@ impl Origin {
         match self {
             Self::Tenant(at) => data[usize::from(at)],
             Self::Frame { generation, resume, escape, from } => {
-                Rewind { generation: generation.into(), resume: resume.into() }.encode(escape)
+                Rewind { generation: generation.into(), resume: resume.into(), last: false }.encode(escape)
                     [usize::from(from)]
             }
         }

@@ -112,7 +112,7 @@ fn a_tenant_that_writes_frames_is_clean() {
 #[test]
 fn mutations_of_the_stay_are_caught() {
     caught(Mutation::SameEscape, DIRECT, "is judged Ok(Wait)");
-    caught(Mutation::SameEscape, FRAME, "is judged Ok(Rewound)");
+    caught(Mutation::SameEscape, FRAME, "is judged Ok(Rewound");
     caught(Mutation::NoSecondLook, DIRECT, "goes to the application");
     caught(Mutation::NoSecondLook, PLAIN, "goes to the application");
     caught(Mutation::BlindConfirm, PLAIN, "goes to the application");

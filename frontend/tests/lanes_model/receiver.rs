@@ -295,12 +295,12 @@ impl World {
             self.generation(open).reader_sealed = true;
         }
         self.receiver = match verdict {
-            Verdict::Rewound if config.mutated(Mutation::ConsumeFirst) => {
+            Verdict::Rewound { .. } if config.mutated(Mutation::ConsumeFirst) => {
                 self.rx = before;
                 self.consume(REWIND_LEN as u8)?;
                 ReceiverAt::StoreDue
             }
-            Verdict::Rewound => ReceiverAt::ConsumeDue(REWIND_LEN as u8),
+            Verdict::Rewound { .. } => ReceiverAt::ConsumeDue(REWIND_LEN as u8),
             Verdict::Cancelled | Verdict::Wait => ReceiverAt::Idle,
         };
         Ok(())

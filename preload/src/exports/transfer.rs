@@ -11,18 +11,19 @@ use vsocket_frontend::program::socket::{self, Route};
 /// Serves a receiving call, or makes the real one and counts it.
 macro_rules! receive {
     ($fd:expr, $flags:expr, $bufs:expr, $real:expr) => {
-        match socket::receiving($fd) {
-            Route::Kernel => $real,
-            Route::Counted(inside) => {
+        match socket::receiving($fd, RecvFlags::from_bits_retain($flags as c_uint)) {
+            Err(error) => args::answer(Err(error)),
+            Ok(Route::Kernel) => $real,
+            Ok(Route::Counted(inside)) => {
                 let n = $real;
                 inside.returned(if $flags & libc::MSG_PEEK != 0 { 0 } else { n });
                 n
             }
-            Route::Served(slot) if $flags & libc::MSG_ERRQUEUE == 0 => {
+            Ok(Route::Served(slot)) if $flags & libc::MSG_ERRQUEUE == 0 => {
                 let flags = RecvFlags::from_bits_retain($flags as c_uint);
                 args::answer($bufs.and_then(|bufs| socket::recv($fd, slot, bufs, flags)))
             }
-            Route::Served(_) => args::answer(Err(Errno::AGAIN)),
+            Ok(Route::Served(_)) => args::answer(Err(Errno::AGAIN)),
         }
     };
 }
