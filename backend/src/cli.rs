@@ -10,8 +10,9 @@ use std::process::ExitCode;
 use clap::{ArgGroup, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
+use crate::capture::FlowFilter;
 use crate::config::Config;
-use crate::{certs, config, daemon, operator};
+use crate::{capture, certs, config, daemon, operator};
 
 /// The host's daemon: carries accelerated TCP connections between guests, and between hosts.
 #[derive(Debug, Parser)]
@@ -63,6 +64,47 @@ enum Command {
         /// The vport's name.
         vport: String,
     },
+    /// Write the segments between this host and others to a pcap file, as VXLAN packets.
+    ///
+    /// Both directions, until interrupted or a limit is reached. Connections on a direct lane stay on this host and are
+    /// not encapsulated, so they are not captured. Example: vsocketd capture --vport a -w - | tshark -r -
+    Capture {
+        #[command(flatten)]
+        control: Control,
+
+        /// Only this vport, by its name.
+        #[arg(long)]
+        vport: Option<String>,
+
+        /// Only this tenant network.
+        #[arg(long)]
+        vni: Option<u32>,
+
+        /// Only these connections, seen from the guest of this host: each end ADDR, ADDR:PORT or [ADDR]:PORT, with *
+        /// for any; '*-198.51.100.3:6379'.
+        #[arg(long, value_name = "LOCAL-REMOTE", default_value = "*-*", hide_default_value = true)]
+        flow: FlowFilter,
+
+        /// Where to; - is standard output.
+        #[arg(short = 'w', long = "write", value_name = "FILE")]
+        file: PathBuf,
+
+        /// End before the file is longer than that; K, M and G may follow the number.
+        #[arg(long, value_name = "MAX", default_value = "64M", value_parser = size)]
+        bytes: u64,
+
+        /// Keep at most so many bytes of each packet.
+        #[arg(long, value_name = "N", default_value_t = 262_144)]
+        snaplen: u32,
+
+        /// End after so many packets.
+        #[arg(long, value_name = "N")]
+        count: Option<u64>,
+
+        /// What may wait for the file before segments are dropped.
+        #[arg(long, value_name = "BYTES", default_value = "32M", value_parser = size)]
+        buffer: u64,
+    },
     /// Let a drained vport's connections return to their lanes.
     Undrain {
         #[command(flatten)]
@@ -98,6 +140,8 @@ enum Error {
     Daemon(#[from] daemon::Error),
     #[error(transparent)]
     Tool(#[from] operator::ToolError),
+    #[error(transparent)]
+    Capture(#[from] capture::Error),
 }
 
 /// Does what the arguments say. Errors go to standard error, cause by cause, once.
@@ -142,9 +186,26 @@ fn obey(command: Command) -> Result<(), Error> {
             println!("{}", if json { answer.to_string() } else { operator::as_text(&answer) });
         }
         Command::Drain { control, vport } => operator::drain(&control.path(), &vport, true)?,
+        Command::Capture { control, vport, vni, flow, file, bytes, snaplen, count, buffer } => {
+            let count = count.unwrap_or(u64::MAX);
+            let options = capture::Options { vport, vni, flow, file, bytes, snaplen, count, buffer };
+            capture::run(&control.path(), &options)?;
+        }
         Command::Undrain { control, vport } => operator::drain(&control.path(), &vport, false)?,
     }
     Ok(())
+}
+
+/// A number of bytes: `65536`, `64K`, `64M`, `1G`.
+fn size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'K') => (&text[..text.len() - 1], 10),
+        Some(b'M') => (&text[..text.len() - 1], 20),
+        Some(b'G') => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    let number = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift));
+    number.ok_or_else(|| format!("'{text}' is no number of bytes: want digits, and K, M or G after them"))
 }
 
 /// Logs to standard error; `VSOCKETD_LOG` chooses levels (`info`; `vsocket_backend::peer=debug`).
@@ -182,6 +243,10 @@ mod tests {
         assert!(parse(&["drain", "--control", "s", "a"]).is_ok());
         assert!(parse(&["undrain", "a"]).is_ok());
         assert!(parse(&["drain"]).is_err());
+        assert!(parse(&["capture", "--vport", "a", "--flow", "*-*:80", "-w", "-", "--bytes", "1G"]).is_ok());
+        assert!(parse(&["capture"]).is_err());
+        assert!(parse(&["capture", "-w", "f", "--flow", "80"]).is_err());
+        assert!(parse(&["capture", "-w", "f", "--bytes", "64MB"]).is_err());
         assert!(parse(&["--config", "f", "certs", "--out", "d", "h1"]).is_err());
     }
 }

@@ -103,6 +103,14 @@ impl Stop {
     }
 }
 
+/// The hosts' ends of the overlay, as a capture names them.
+#[derive(Debug, Default)]
+struct Overlay {
+    own: Option<std::net::IpAddr>,
+    /// Each peer's.
+    peers: Vec<std::net::IpAddr>,
+}
+
 /// Everything of one host.
 #[derive(Debug)]
 pub struct Daemon {
@@ -118,6 +126,7 @@ pub struct Daemon {
     signals: Option<mio::net::UnixStream>,
     pidfd: Arc<OwnedFd>,
     data: Option<data::Data>,
+    overlay: Overlay,
     peers: Option<peers::Peers>,
     /// When the peers were last looked at.
     watched: Instant,
@@ -172,6 +181,7 @@ impl Daemon {
             signals: None,
             pidfd: Arc::new(pidfd),
             data: None,
+            overlay: Overlay::default(),
             peers: None,
             watched: Instant::now(),
             rung: Vec::new(),
@@ -361,6 +371,11 @@ impl Daemon {
     pub(crate) fn peer_states(&self) -> impl Iterator<Item = (&str, bool)> {
         let states = self.peers.iter().flat_map(|peers| &peers.states);
         states.map(|peer| (peer.host.as_str(), peer.connected && !peer.silent))
+    }
+
+    /// The counters of the captures that run.
+    pub(crate) fn captures(&self) -> impl Iterator<Item = serde_json::Value> {
+        self.data.iter().flat_map(data::Data::taps).map(crate::capture::Tap::counters)
     }
 
     /// What a vport's flows have carried, those that are over and those that are not.

@@ -31,6 +31,7 @@ use vsocket_vxlan::{
     Flags, MAX_HEADER_LEN, MAX_WINDOW, Segment, Stay, StayOpen, Vni, WINDOW_SHIFT, encapsulate_header,
 };
 
+use crate::capture::Payload;
 use crate::config::Mac;
 use crate::metrics::Traffic;
 use crate::slab::View;
@@ -54,6 +55,8 @@ pub trait Transmit {
     fn write(&mut self, offset: usize, place: u64, len: usize) -> bool;
     /// Rings a doorbell of the guest.
     fn ring(&mut self, bell: usize);
+    /// A segment was sent: for a capture.
+    fn sent(&mut self, _header: &[u8], _payload: Payload<'_>) {}
 }
 
 /// Why a segment was dropped.
@@ -429,6 +432,8 @@ impl Flow {
         if !out.send(&header[..header_len], payload) {
             return false;
         }
+        let ahead = Payload::Ring(&self.view.rings[0], seq, len);
+        out.sent(&header[..header_len], if payload.is_empty() { ahead } else { Payload::Inline(payload) });
         if self.rx.open {
             self.rx.ack = Ack::Nothing;
             self.rx.acked = self.rx.head;

@@ -15,11 +15,13 @@
 //! | [`slab`] | the shared memory of rings, and its pool |
 //! | [`pairing`] | who meets whom, prepare and commit, withdraw and leave: sans-IO |
 //! | [`flow`] | one connection's bytes between rings and another host: sans-IO |
+//! | [`capture`] | segments to a file, for `vsocketd capture` |
 //! | [`operator`], [`metrics`] | what a person may ask, and the counters |
 //! | [`cli`], [`daemon`] | the command line, and the loop that ties all together |
 //!
 //! Everything here runs without RDMA hardware; `fabric::loopback` needs not even a network.
 
+pub mod capture;
 pub mod carrier;
 pub mod certs;
 pub mod cli;

@@ -1,4 +1,4 @@
-//! The operator's socket: questions from `vsocketd stat`, orders from `vsocketd drain`.
+//! The operator's socket: questions from `vsocketd stat`, orders from `vsocketd drain`, captures.
 //!
 //! A question is a control message, the answer one too, with a memfd beside it that holds JSON or an error's words.
 
@@ -19,7 +19,7 @@ use crate::daemon::Daemon;
 
 mod tool;
 
-pub use tool::{ToolError, as_text, ask, drain, stat};
+pub use tool::{ToolError, as_text, ask, drain, find_vport, stat};
 
 /// Tools that may be connected at the same time.
 const TOOLS: usize = 16;
@@ -105,6 +105,7 @@ impl Daemon {
             "withdrawals": object(self.metrics.withdrawals()),
             "drops": object(self.metrics.drops.iter()),
             "peers": peers,
+            "captures": self.captures().count(),
         })
     }
 

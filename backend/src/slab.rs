@@ -75,6 +75,19 @@ unsafe impl Send for Memory {}
 unsafe impl Sync for Memory {}
 
 impl Memory {
+    /// Makes the memory of a slab, whose size nobody can change.
+    ///
+    /// # Errors
+    ///
+    /// What the system does not give.
+    pub fn create(geometry: Geometry) -> io::Result<(OwnedFd, Self)> {
+        let memfd = memfd_create(c"vsocket-slab", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        ftruncate(&memfd, geometry.slab_len() as u64)?;
+        fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        let memory = Self::map(&memfd, geometry)?;
+        Ok((memfd, memory))
+    }
+
     /// Maps a slab of this geometry.
     ///
     /// # Errors
@@ -125,7 +138,11 @@ impl Memory {
     }
 
     /// Takes the pages of `len` bytes at `at` from the system now, not at the first access.
-    fn populate(&self, at: usize, len: usize) -> io::Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// If there are none.
+    pub(crate) fn populate(&self, at: usize, len: usize) -> io::Result<()> {
         debug_assert!(at + len <= self.geometry.slab_len());
         let from = self.base.as_ptr().wrapping_add(at).cast();
         // SAFETY: the range lies in our mapping (callers pass the geometry's offsets), and populating changes no byte.
@@ -196,10 +213,7 @@ pub struct Slab {
 
 impl Slab {
     fn create(key: SlabKey, geometry: Geometry) -> io::Result<Self> {
-        let memfd = memfd_create(c"vsocket-slab", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-        ftruncate(&memfd, geometry.slab_len() as u64)?;
-        fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        let memory = Memory::map(&memfd, geometry)?;
+        let (memfd, memory) = Memory::create(geometry)?;
         memory.populate(0, SLAB_HEADER_LEN)?;
         let header = memory.header();
         header.magic.store(SLAB_MAGIC, Ordering::Relaxed);
@@ -248,7 +262,8 @@ impl Slab {
     }
 }
 
-fn bell() -> io::Result<Arc<OwnedFd>> {
+/// The eventfd of a bell.
+pub(crate) fn bell() -> io::Result<Arc<OwnedFd>> {
     Ok(Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
 }
 

@@ -464,6 +464,30 @@ messages! {
         /// Drain, or end the drain.
         on: bool,
     }
+    /// Tool → backend: copy the segments that match to a queue, until this connection ends. Answered by `Captured`, or by
+    /// `Reply` with why not.
+    Capture = 33 {
+        /// The vport's number, or `u32::MAX` for all.
+        vport: u32,
+        /// The tenant network, or `u32::MAX` for all.
+        vni: u32,
+        /// The guest's end; an unspecified address or port 0 stands for all.
+        local: SocketAddr,
+        /// The far end, likewise.
+        remote: SocketAddr,
+        /// Bytes of each segment to keep, header included.
+        snaplen: u32,
+        /// Bytes of the queue, a power of two.
+        queue: u64,
+    }
+    /// Backend → tool; beside it the queue's memory, a slab of one segment whose ring from side 1 holds records, and the
+    /// eventfd of bell 0 of side 0.
+    Captured = 34 {
+        /// Bytes of the queue.
+        queue: u64,
+    }
+    /// Tool → backend: end the capture; answered by `Reply` with its counters, behind the last record.
+    CaptureEnd = 35 {}
 }
 
 #[cfg(all(test, not(loom)))]
@@ -493,7 +517,11 @@ mod tests {
 
     #[test]
     fn messages_round_trip() {
-        for message in [open(), prepare(), Message::Declined { conn: 1, reason: Reason::Quota }] {
+        let [local, remote] = ["[::]:0", "192.0.2.1:80"].map(|end| end.parse().unwrap());
+        let capture =
+            Message::Capture { vport: 3, vni: u32::MAX, local, remote, snaplen: 96, queue: 1 << 20 };
+        let declined = Message::Declined { conn: 1, reason: Reason::Quota };
+        for message in [open(), prepare(), declined, capture, Message::CaptureEnd {}] {
             assert_eq!(Message::decode(&message.encode()), Ok(message));
         }
     }

@@ -1,5 +1,6 @@
 //! Big-endian fields of a buffer, and the Internet checksum (RFC 1071).
 
+use core::net::IpAddr;
 use core::ops::Range;
 
 /// Where a field lies in its header, in bytes.
@@ -33,6 +34,15 @@ pub(crate) fn sum(data: &[u8]) -> u64 {
     let mut last = [0; 4];
     last[..words.remainder().len()].copy_from_slice(words.remainder());
     whole + u64::from(u32::from_be_bytes(last))
+}
+
+/// The sum over a TCP segment or UDP datagram and its pseudo-header (RFC 9293, section 3.1; RFC 8200, section 8.1).
+pub(crate) fn sum_with_addresses(datagram: &[u8], src: IpAddr, dst: IpAddr, protocol: u8) -> u64 {
+    let address = |address| match address {
+        IpAddr::V4(address) => sum(&address.octets()),
+        IpAddr::V6(address) => sum(&address.octets()),
+    };
+    address(src) + address(dst) + u64::from(protocol) + datagram.len() as u64 + sum(datagram)
 }
 
 /// The checksum of data with this sum: folded and complemented. Over data that holds its own checksum, 0.

@@ -220,6 +220,15 @@ impl Repr {
     /// # Errors
     /// [`Error::PayloadTooLong`] if the payload is longer than [`MAX_PAYLOAD`].
     pub fn emit<T: AsRef<[u8]> + AsMut<[u8]>>(&self, packet: &mut Packet<T>) -> Result<(), Error> {
+        self.emit_for(packet, PROTOCOL_TCP)
+    }
+
+    /// The same for a payload of another protocol.
+    pub(crate) fn emit_for<T: AsRef<[u8]> + AsMut<[u8]>>(
+        &self,
+        packet: &mut Packet<T>,
+        protocol: u8,
+    ) -> Result<(), Error> {
         if self.payload_len > MAX_PAYLOAD {
             return Err(Error::PayloadTooLong(self.payload_len));
         }
@@ -229,7 +238,7 @@ impl Repr {
         packet.set_identification(0);
         packet.set_flags_and_offset(FLAG_DONT_FRAGMENT);
         packet.set_time_to_live(TIME_TO_LIVE);
-        packet.set_protocol(PROTOCOL_TCP);
+        packet.set_protocol(protocol);
         packet.set_src(self.src);
         packet.set_dst(self.dst);
         packet.fill_checksum();

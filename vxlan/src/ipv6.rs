@@ -153,11 +153,20 @@ impl Repr {
     /// # Errors
     /// [`Error::PayloadTooLong`] if the payload is longer than [`MAX_PAYLOAD`].
     pub fn emit<T: AsRef<[u8]> + AsMut<[u8]>>(&self, packet: &mut Packet<T>) -> Result<(), Error> {
+        self.emit_for(packet, PROTOCOL_TCP)
+    }
+
+    /// The same for a payload of another protocol.
+    pub(crate) fn emit_for<T: AsRef<[u8]> + AsMut<[u8]>>(
+        &self,
+        packet: &mut Packet<T>,
+        protocol: u8,
+    ) -> Result<(), Error> {
         let payload_len =
             u16::try_from(self.payload_len).map_err(|_| Error::PayloadTooLong(self.payload_len))?;
         packet.set_version_class_flow(6, 0, 0);
         packet.set_payload_len(payload_len);
-        packet.set_next_header(PROTOCOL_TCP);
+        packet.set_next_header(protocol);
         packet.set_hop_limit(HOP_LIMIT);
         packet.set_src(self.src);
         packet.set_dst(self.dst);

@@ -2,8 +2,8 @@
 //!
 //! A segment is, from the outside in, a VXLAN header (RFC 7348), an Ethernet II header, an IPv4 (RFC 791) or
 //! IPv6 (RFC 8200) header and a TCP header (RFC 9293) whose sequence number, acknowledgement, window and flags
-//! are the fabric lane's own protocol. The outer Ethernet, IP and UDP headers are not here: the fabric takes
-//! their place.
+//! are the fabric lane's own protocol. The outer Ethernet, IP and UDP headers are no part of a segment: the fabric
+//! takes their place. For a capture [`outer`] writes them.
 //!
 //! Each protocol has two levels. `Packet` reads and writes fields of a buffer and judges nothing; `Repr` is the
 //! small, valid meaning, with `parse` and `emit`. A backend uses neither: it calls [`encapsulate`] and
@@ -59,16 +59,23 @@ pub mod header;
 pub mod ipv4;
 pub mod ipv6;
 pub mod lane;
+pub mod outer;
 pub mod segment;
 pub mod tcp;
+pub mod udp;
 
 pub use error::Error;
 pub use header::Vni;
 pub use lane::{Stay, StayOpen};
+pub use outer::Outer;
 pub use segment::{
     MAX_HEADER_LEN, MAX_PAYLOAD, PayloadAt, Segment, decapsulate, encapsulate, encapsulate_header,
+    encapsulate_summed,
 };
 pub use tcp::{Flags, MAX_WINDOW, WINDOW_SHIFT};
 
 /// TCP's number in the protocol field of IPv4 and the next header field of IPv6 (RFC 9293, section 3.1).
 pub const PROTOCOL_TCP: u8 = 6;
+
+/// UDP's number there (RFC 768).
+pub const PROTOCOL_UDP: u8 = 17;

@@ -121,6 +121,17 @@ pub fn encapsulate(seg: &Segment, payload: &[u8], out: &mut [u8]) -> Result<usiz
     Ok(len)
 }
 
+/// As [`encapsulate`], with the TCP checksum computed: for a reader that is no backend.
+///
+/// # Errors
+/// As [`encapsulate_header`].
+pub fn encapsulate_summed(seg: &Segment, payload: &[u8], out: &mut [u8]) -> Result<usize, Error> {
+    let len = encapsulate(seg, payload, out)?;
+    let tcp = seg.header_len() - seg.tcp().header_len();
+    tcp::Packet::new_unchecked(&mut out[tcp..len]).fill_checksum(seg.src.ip(), seg.dst.ip());
+    Ok(len)
+}
+
 /// Reads a segment, or a header whose payload is elsewhere, from a buffer that holds it and nothing more. Returns
 /// the segment, the header's length and the payload's, which is at most [`MAX_PAYLOAD`].
 ///
@@ -284,6 +295,17 @@ mod tests {
             assert_eq!(seg.header_len(), header_len);
             assert_eq!(decapsulate(&golden, PayloadAt::Inline), Ok((seg, header_len, 5)));
             assert_eq!(decapsulate(&golden[..header_len], PayloadAt::Elsewhere), Ok((seg, header_len, 5)));
+        }
+    }
+
+    #[test]
+    fn summed() {
+        for seg in [v4(), v6()] {
+            let mut out = [0; MAX_HEADER_LEN + 5];
+            let len = encapsulate_summed(&seg, b"hello", &mut out).unwrap();
+            assert_eq!(decapsulate(&out[..len], PayloadAt::Inline), Ok((seg, seg.header_len(), 5)));
+            out[len - 1] ^= 1;
+            assert_eq!(decapsulate(&out[..len], PayloadAt::Inline), Err(Error::TcpChecksum));
         }
     }
 

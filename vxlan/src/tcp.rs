@@ -146,7 +146,7 @@ impl<T: AsRef<[u8]>> Packet<T> {
 
     /// Whether the checksum over the whole buffer and the two addresses is right.
     pub fn verify_checksum(&self, src: IpAddr, dst: IpAddr) -> bool {
-        bytes::checksum(sum_with_addresses(self.buffer.as_ref(), src, dst)) == 0
+        bytes::checksum(bytes::sum_with_addresses(self.buffer.as_ref(), src, dst, PROTOCOL_TCP)) == 0
     }
 }
 
@@ -205,18 +205,9 @@ impl<T: AsRef<[u8]> + AsMut<[u8]>> Packet<T> {
     /// Computes and sets the checksum over the whole buffer, for a capture or another reader than a backend.
     pub fn fill_checksum(&mut self, src: IpAddr, dst: IpAddr) {
         self.set_checksum(0);
-        let sum = sum_with_addresses(self.buffer.as_ref(), src, dst);
+        let sum = bytes::sum_with_addresses(self.buffer.as_ref(), src, dst, PROTOCOL_TCP);
         self.set_checksum(bytes::checksum(sum));
     }
-}
-
-/// The sum over a segment and its pseudo-header (RFC 9293, section 3.1; RFC 8200, section 8.1).
-fn sum_with_addresses(segment: &[u8], src: IpAddr, dst: IpAddr) -> u64 {
-    let address = |address| match address {
-        IpAddr::V4(address) => bytes::sum(&address.octets()),
-        IpAddr::V6(address) => bytes::sum(&address.octets()),
-    };
-    address(src) + address(dst) + u64::from(PROTOCOL_TCP) + segment.len() as u64 + bytes::sum(segment)
 }
 
 /// What the TCP header of a segment says.

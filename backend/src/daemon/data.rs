@@ -14,6 +14,7 @@ use vsocket_channel::layout::BELLS;
 use vsocket_channel::reason::Reason;
 use vsocket_vxlan::{Error as VxlanError, PayloadAt, decapsulate};
 
+use crate::capture::{Payload, Tap, Taps, Way};
 use crate::fabric::{
     Access, Disconnect, DomainId, Event, Fabric, LocalRange, MemoryKey, PostError, QpId, RemoteAddress,
     Signal, WorkId,
@@ -46,6 +47,8 @@ pub(super) struct Entry {
     lkey: u32,
     far: RemoteAddress,
     bells: [Arc<OwnedFd>; BELLS],
+    /// Which captures want its segments.
+    tapped: u8,
     /// Reported as failed: it is not reported again.
     failed: bool,
     /// Forgotten but for its last word to the peer.
@@ -71,6 +74,7 @@ pub(super) struct Data {
     pub pairs: Vec<Pair>,
     keys: HashMap<(u64, DomainId), MemoryKey>,
     pub notices: Vec<Notice>,
+    taps: Taps,
     /// A flow has said its last word.
     left: bool,
 }
@@ -90,6 +94,8 @@ struct Out<'a> {
     bells: &'a [Arc<OwnedFd>; BELLS],
     posted: bool,
     broken: bool,
+    /// Only while a capture wants the flow's segments.
+    tap: Option<(&'a mut Taps, u8, u32)>,
 }
 
 impl Out<'_> {
@@ -126,6 +132,12 @@ impl Transmit for Out<'_> {
         // A bell that is full has been rung.
         let _ = rustix::io::write(&self.bells[bell], &1u64.to_ne_bytes());
     }
+
+    fn sent(&mut self, header: &[u8], payload: Payload<'_>) {
+        if let Some((taps, mask, peer)) = &mut self.tap {
+            taps.take(*mask, Way::Tx, *peer, header, payload);
+        }
+    }
 }
 
 impl Data {
@@ -138,6 +150,7 @@ impl Data {
             pairs: Vec::new(),
             keys: HashMap::new(),
             notices: Vec::new(),
+            taps: Taps::default(),
             left: false,
         }
     }
@@ -163,8 +176,9 @@ impl Data {
                 continue;
             }
             let fabric = &mut *self.fabric;
-            let Entry { qp, lkey, far, ref bells, .. } = *entry;
-            let mut out = Out { fabric, qp, lkey, far, bells, posted: false, broken: false };
+            let Entry { qp, lkey, far, ref bells, tapped, peer, .. } = *entry;
+            let tap = (tapped != 0).then_some((&mut self.taps, tapped, peer));
+            let mut out = Out { fabric, qp, lkey, far, bells, posted: false, broken: false, tap };
             let result = entry.flow.pump(&mut out, resting);
             self.left |= entry.leaving && !entry.flow.owes_end();
             let reason = match result {
@@ -185,6 +199,7 @@ impl Data {
         if sent {
             self.fabric.flush();
         }
+        self.taps.publish();
         if std::mem::take(&mut self.left) {
             self.purge(|entry| entry.leaving && !entry.flow.owes_end());
         }
@@ -199,7 +214,8 @@ impl Data {
                 Event::Received { qp, payload } => {
                     let vni = self.pairs.iter().find(|p| p.qp == qp).map(|p| p.vni);
                     let at = vni.ok_or("segment-queue-pair").and_then(|vni| {
-                        receive(&mut self.entries, &self.by_key, qp, vni, payload, &mut self.notices)
+                        let (entries, taps) = (&mut self.entries, &mut self.taps);
+                        receive(entries, &self.by_key, qp, vni, payload, &mut self.notices, taps)
                     });
                     if let Err(name) = at {
                         drops.count(name);
@@ -269,6 +285,7 @@ impl Data {
         self.by_key.insert((pair.qp, flow.key()), at);
         let far = RemoteAddress { rkey: 0, address: 0 };
         let (peer, qp, lkey) = (pair.peer, pair.qp, key.lkey);
+        let tapped = self.taps.mask(vport, flow.identity());
         self.entries.push(Entry {
             id,
             peer,
@@ -278,9 +295,35 @@ impl Data {
             lkey,
             far,
             bells,
+            tapped,
             failed: false,
             leaving: false,
         });
+    }
+
+    /// Begins a capture; false if there are as many as may be.
+    pub fn tap(&mut self, tap: Tap) -> bool {
+        let begun = self.taps.begin(tap);
+        self.tap_flows();
+        begun
+    }
+
+    /// Ends a tool's capture, if it has one.
+    pub fn untap(&mut self, tool: u32) -> Option<Tap> {
+        let tap = self.taps.end(tool)?;
+        self.tap_flows();
+        Some(tap)
+    }
+
+    /// The captures that run.
+    pub fn taps(&self) -> impl Iterator<Item = &Tap> {
+        self.taps.iter()
+    }
+
+    fn tap_flows(&mut self) {
+        for entry in &mut self.entries {
+            entry.tapped = self.taps.mask(entry.vport, entry.flow.identity());
+        }
     }
 
     /// The peer of a flow receives there.
@@ -365,6 +408,7 @@ fn receive(
     vni: u32,
     message: &[u8],
     notices: &mut Vec<Notice>,
+    taps: &mut Taps,
 ) -> Result<(), &'static str> {
     let (segment, header_len, len, ahead) = match decapsulate(message, PayloadAt::Inline) {
         Ok((segment, header_len, len)) => (segment, header_len, len, false),
@@ -381,7 +425,12 @@ fn receive(
     let entry = by_key.get(&(qp, key_of(&segment))).and_then(|at| entries.get_mut(*at));
     let entry = entry.ok_or("segment-stale-or-unknown")?;
     let payload = if ahead { None } else { message.get(header_len..) };
-    let failed = match entry.flow.handle(&segment, payload, len) {
+    let handled = entry.flow.handle(&segment, payload, len);
+    if entry.tapped != 0 && handled.is_ok() {
+        let payload = payload.map_or_else(|| entry.flow.received(len), Payload::Inline);
+        taps.take(entry.tapped, Way::Rx, entry.peer, &message[..header_len], payload);
+    }
+    let failed = match handled {
         Ok(Heard::Segment) => return Ok(()),
         Ok(Heard::End) => {
             notices.push(Notice::Quiet { flow: entry.id });

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use crossbeam_channel::Receiver;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use super::{Daemon, Link, LinkEvent};
+use super::{Daemon, Link, LinkEvent, Overlay};
 use crate::config::{Config, Fabric};
 use crate::fabric::soft::{Options, Soft};
 use crate::peer::message::{HostName, PeerMessage};
@@ -133,6 +133,8 @@ impl Daemon {
                 let _ = waker.wake();
             };
             let (peers, events) = Peers::start(&backends, &host, daemon.boot, wake)?;
+            let vteps = backends.peers.iter().map(|p| p.vtep).collect();
+            daemon.overlay = Overlay { own: Some(listen.ip()), peers: vteps };
             let hosts: Vec<_> = backends.peers.iter().map(|p| p.host.clone()).collect();
             let numbers = hosts.iter().enumerate().map(|(n, host)| (host.clone(), n as u32)).collect();
             let names = hosts.iter().map(HostName::to_string).collect();

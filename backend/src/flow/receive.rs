@@ -8,6 +8,8 @@ use vsocket_channel::bell::publish_fence;
 use vsocket_channel::lane::Stay as LaneStay;
 use vsocket_vxlan::{Flags, Segment, StayOpen};
 
+use crate::capture::Payload;
+
 use super::{Ack, Drop, Fault, Flow, Heard, Life, Rx};
 
 impl Flow {
@@ -38,6 +40,11 @@ impl Flow {
             self.handle_payload(segment.seq, payload, len)?;
         }
         Ok(Heard::Segment)
+    }
+
+    /// Where the payload of the segment that was handled last is, if it has gone ahead: for a capture.
+    pub fn received(&self, len: usize) -> Payload<'_> {
+        Payload::Ring(&self.view.rings[1], self.rx.head.wrapping_sub(len as u64), len)
     }
 
     fn handle_open(&mut self, open: Option<StayOpen>) -> Result<(), Drop> {

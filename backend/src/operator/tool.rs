@@ -88,19 +88,27 @@ pub fn stat(control: &Path, connections: bool) -> Result<Value, ToolError> {
     serde_json::from_str(&text).map_err(|_| ToolError::NoAnswer { path: control.to_owned() })
 }
 
+/// The number of the vport of this name in the daemon's totals.
+///
+/// # Errors
+///
+/// [`ToolError::NoVport`].
+pub fn find_vport(totals: &Value, name: &str) -> Result<u32, ToolError> {
+    let vports = totals["vports"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let number = vports.iter().find(|v| v["name"] == name).and_then(|v| v["number"].as_u64());
+    number.and_then(|n| u32::try_from(n).ok()).ok_or_else(|| {
+        let known: Vec<_> = vports.iter().filter_map(|v| v["name"].as_str()).collect();
+        ToolError::NoVport { name: name.to_owned(), known: known.join(", ") }
+    })
+}
+
 /// Drains a vport by its name, or ends its drain.
 ///
 /// # Errors
 ///
 /// [`ToolError`].
 pub fn drain(control: &Path, name: &str, on: bool) -> Result<(), ToolError> {
-    let totals = stat(control, false)?;
-    let vports = totals["vports"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let vport = vports.iter().find(|v| v["name"] == name).and_then(|v| v["number"].as_u64());
-    let Some(vport) = vport.and_then(|n| u32::try_from(n).ok()) else {
-        let known: Vec<_> = vports.iter().filter_map(|v| v["name"].as_str()).collect();
-        return Err(ToolError::NoVport { name: name.to_owned(), known: known.join(", ") });
-    };
+    let vport = find_vport(&stat(control, false)?, name)?;
     ask(control, Message::Drain { vport, on }).map(|_| ())
 }
 
