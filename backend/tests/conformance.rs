@@ -79,9 +79,9 @@ impl Pair {
     fn connect_in(&mut self, domains: [DomainId; 2]) -> [End; 2] {
         self.secrets += 1;
         let (secret, now) = ([self.secrets; 32], Instant::now());
-        let passive = self.ends[1].expect(domains[1], 100, secret, now).unwrap();
-        let address = self.ends[1].address();
-        let active = self.ends[0].dial(domains[0], 100, secret, address, now).unwrap();
+        let (passive, offer) = self.ends[1].expect(domains[1], 100, secret, now).unwrap();
+        let (active, answer) = self.ends[0].dial(domains[0], 100, secret, &offer, now).unwrap();
+        self.ends[1].accept(passive, &answer).unwrap();
         let both = [Seen::Connected(active), Seen::Connected(passive)];
         self.until("connect", |seen| seen[0].contains(&both[0]) && seen[1].contains(&both[1]));
         assert!(self.ends.iter().all(|end| end.next_deadline().is_none()), "no timer once connected");
@@ -392,10 +392,10 @@ fn close_flushes_and_tells_both(mut pair: Pair) {
 fn a_wrong_secret_is_rejected(mut pair: Pair) {
     let domains = [pair.ends[0].open_domain(), pair.ends[1].open_domain()];
     let now = Instant::now();
-    let expected = pair.ends[1].expect(domains[1], 100, [1; 32], now).unwrap();
+    let (expected, offer) = pair.ends[1].expect(domains[1], 100, [1; 32], now).unwrap();
     assert!(pair.ends[1].expect(domains[1], 100, [1; 32], now).is_err(), "a secret serves once");
-    let address = pair.ends[1].address();
-    let dialled = pair.ends[0].dial(domains[0], 100, [2; 32], address, now).unwrap();
+    let (dialled, answer) = pair.ends[0].dial(domains[0], 100, [2; 32], &offer, now).unwrap();
+    pair.ends[1].accept(expected, &answer).unwrap();
     pair.until("rejection", |seen| seen[0].contains(&Seen::Disconnected(dialled, Disconnect::Rejected)));
     assert_eq!(pair.send(0, dialled, 1, b""), Err(PostError::NotConnected));
     let deadline = pair.ends[1].next_deadline().expect("somebody is expected");
