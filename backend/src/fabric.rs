@@ -60,6 +60,8 @@ pub mod loopback;
 pub mod memory;
 pub mod registry;
 pub mod soft;
+#[cfg(feature = "verbs")]
+pub mod verbs;
 
 pub use endpoint::{Endpoint, Kind};
 pub use memory::Region;
@@ -170,6 +172,8 @@ pub enum Disconnect {
     TimedOut,
     /// The other end does not take us: wrong secret, version or VNI.
     Rejected,
+    /// The device has been removed, or must be opened anew.
+    DeviceGone,
     /// [`Fabric::close`] was called.
     Closed,
 }
@@ -185,6 +189,7 @@ impl Disconnect {
             Self::Io(_) => "io",
             Self::TimedOut => "timed_out",
             Self::Rejected => "rejected",
+            Self::DeviceGone => "device_gone",
             Self::Closed => "closed",
         }
     }
@@ -402,15 +407,55 @@ pub enum Error {
     /// The other end's half of the agreement makes no sense.
     #[error("the other end's half of the agreement cannot be: {0}")]
     BadEndpoint(&'static str),
+    /// There is no device that could be used, and why.
+    #[error("no usable RDMA device: {0}")]
+    NoDevice(String),
+    /// The device has no more of these.
+    #[error("the device has no more than {limit} {what}")]
+    Exhausted {
+        /// Of what.
+        what: &'static str,
+        /// How many it has.
+        limit: usize,
+    },
+    /// The device, or its driver, did not give something.
+    #[error("the RDMA device gives no {what}")]
+    Device {
+        /// What.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The queue pair is not waiting for an answer.
     #[error("no queue pair waits for this answer")]
     NotExpected,
+}
+
+/// What a fabric stands on and holds.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// The RDMA device.
+    pub device: Option<String>,
+    /// Its port.
+    pub port: Option<u8>,
+    /// Its address, and the kind of packets.
+    pub gid: Option<String>,
+    /// The port's MTU in bytes.
+    pub mtu: Option<u32>,
+    /// Queue pairs, also those in the making.
+    pub queue_pairs: usize,
+    /// Registered regions.
+    pub regions: usize,
 }
 
 /// Verbs, reduced to what is portable. See the module's contract.
 pub trait Fabric: Send + AsFd {
     /// Which fabric this is.
     fn kind(&self) -> Kind;
+
+    /// What it stands on and holds, for the operator.
+    fn facts(&self) -> Facts;
 
     /// A new protection domain.
     fn open_domain(&mut self) -> DomainId;

@@ -146,7 +146,7 @@ impl Peers {
 fn decline_of(error: &Error) -> Reason {
     match error {
         Error::WrongKind { .. } => Reason::FabricMismatch,
-        Error::TooManyRegions => Reason::FabricFull,
+        Error::TooManyRegions | Error::Exhausted { .. } => Reason::FabricFull,
         _ => Reason::FabricDown,
     }
 }

@@ -9,8 +9,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
 use super::{
-    Access, DomainId, Endpoint, Error, Event, Fabric, Kind, LocalRange, MemoryKey, PostError, QpId, Region,
-    RemoteAddress, Secret, Signal, WorkId,
+    Access, DomainId, Endpoint, Error, Event, Fabric, Facts, Kind, LocalRange, MemoryKey, PostError, QpId,
+    Region, RemoteAddress, Secret, Signal, WorkId,
 };
 
 /// How often, in 1024ths of the occasions.
@@ -72,6 +72,10 @@ impl<F: Fabric> AsFd for Faulty<F> {
 impl<F: Fabric> Fabric for Faulty<F> {
     fn kind(&self) -> Kind {
         self.inner.kind()
+    }
+
+    fn facts(&self) -> Facts {
+        self.inner.facts()
     }
 
     fn open_domain(&mut self) -> DomainId {

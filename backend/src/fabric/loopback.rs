@@ -14,7 +14,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::registry::Registry;
 use super::{
-    Access, Disconnect, DomainId, Endpoint, Error, Event, Fabric, Fault, Kind, LocalRange, MAX_GATHER,
+    Access, Disconnect, DomainId, Endpoint, Error, Event, Fabric, Facts, Fault, Kind, LocalRange, MAX_GATHER,
     MAX_SEND, MAX_WRITE, MemoryKey, PostError, QpId, Region, RemoteAddress, Secret, Signal, Status, WorkId,
 };
 
@@ -212,6 +212,11 @@ impl AsFd for Loopback {
 impl Fabric for Loopback {
     fn kind(&self) -> Kind {
         Kind::Memory
+    }
+
+    fn facts(&self) -> Facts {
+        let side = &self.lock()[self.own];
+        Facts { queue_pairs: side.qps.len(), regions: side.registry.len(), ..Facts::default() }
     }
 
     fn open_domain(&mut self) -> DomainId {

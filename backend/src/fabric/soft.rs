@@ -33,8 +33,8 @@ use self::mpa::Binding;
 use self::qp::{Outcome, Phase, Qp};
 use super::registry::Registry;
 use super::{
-    Access, Disconnect, DomainId, Endpoint, Error, Event, Fabric, Kind, LocalRange, MemoryKey, PostError,
-    QpId, Refusal, Region, RemoteAddress, Secret, Signal, Status, WorkId,
+    Access, Disconnect, DomainId, Endpoint, Error, Event, Fabric, Facts, Kind, LocalRange, MemoryKey,
+    PostError, QpId, Refusal, Region, RemoteAddress, Secret, Signal, Status, WorkId,
 };
 
 pub mod ddp;
@@ -322,6 +322,11 @@ impl AsFd for Soft {
 impl Fabric for Soft {
     fn kind(&self) -> Kind {
         Kind::Soft
+    }
+
+    fn facts(&self) -> Facts {
+        let queue_pairs = self.slots.iter().filter(|slot| slot.qp.is_some()).count();
+        Facts { queue_pairs, regions: self.registry.len(), ..Facts::default() }
     }
 
     fn open_domain(&mut self) -> DomainId {
