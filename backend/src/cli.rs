@@ -13,9 +13,16 @@ use tracing_subscriber::EnvFilter;
 use crate::config::Config;
 use crate::{certs, config, daemon, operator};
 
+/// What a build without verbs says of itself.
+const VERSION: &str = if cfg!(feature = "verbs") {
+    concat!(env!("CARGO_PKG_VERSION"), " (fabrics: verbs, soft)")
+} else {
+    concat!(env!("CARGO_PKG_VERSION"), " (fabrics: soft; built without verbs)")
+};
+
 /// The host's daemon: carries accelerated TCP connections between guests, and between hosts.
 #[derive(Debug, Parser)]
-#[command(name = "vsocketd", version, args_conflicts_with_subcommands = true)]
+#[command(name = "vsocketd", version = VERSION, args_conflicts_with_subcommands = true)]
 #[command(group = ArgGroup::new("what").required(true).args(["config"]))]
 struct Arguments {
     /// Run with this configuration.
@@ -41,6 +48,12 @@ enum Command {
         /// Each host's name, as `host` in its configuration.
         #[arg(required = true, value_name = "HOST")]
         hosts: Vec<String>,
+    },
+    /// List the RDMA devices, ports and addresses that could be used, and why the others cannot.
+    Devices {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
     },
     /// Show what a running daemon does.
     Stat {
@@ -141,10 +154,47 @@ fn obey(command: Command) -> Result<(), Error> {
             let answer = operator::stat(&control.path(), connections)?;
             println!("{}", if json { answer.to_string() } else { operator::as_text(&answer) });
         }
+        Command::Devices { json } => devices(json),
         Command::Drain { control, vport } => operator::drain(&control.path(), &vport, true)?,
         Command::Undrain { control, vport } => operator::drain(&control.path(), &vport, false)?,
     }
     Ok(())
+}
+
+/// Lists what there is, the device that would be chosen first among what is usable.
+#[cfg(feature = "verbs")]
+fn devices(json: bool) {
+    use crate::fabric::verbs::{select::Wanted, station};
+    use serde_json::{Value, json};
+
+    let (all, chosen) = station::survey(&Wanted::default());
+    let row = |candidate: &crate::fabric::verbs::select::Candidate| {
+        let usable = candidate.unusable.clone().unwrap_or_else(|| "usable".to_owned());
+        let chosen = chosen.as_ref() == Some(candidate);
+        json!({
+            "device": candidate.device,
+            "port": candidate.port,
+            "index": candidate.index,
+            "kind": candidate.transport(),
+            "netdev": candidate.netdev,
+            "address": candidate.address().to_string(),
+            "state": if chosen { "chosen".to_owned() } else { usable },
+        })
+    };
+    let rows: Value = all.iter().map(row).collect();
+    if json {
+        println!("{rows}");
+    } else if all.is_empty() {
+        println!("There is no RDMA device; the fabric is soft. Soft-RoCE makes one of a network interface:");
+        println!("    modprobe rdma_rxe && rdma link add rxe0 type rxe netdev eth0");
+    } else {
+        println!("{}", operator::as_text(&rows));
+    }
+}
+
+#[cfg(not(feature = "verbs"))]
+fn devices(json: bool) {
+    println!("{}", if json { "[]" } else { "This vsocketd is built without verbs; the fabric is soft." });
 }
 
 /// Logs to standard error; `VSOCKETD_LOG` chooses levels (`info`; `vsocket_backend::peer=debug`).

@@ -66,6 +66,8 @@ pub(super) struct Pair {
 
 pub(super) struct Data {
     pub fabric: Box<dyn Fabric>,
+    /// Why it is this one.
+    pub why: String,
     /// Dense: every pass visits all of them.
     entries: Vec<Entry>,
     by_id: HashMap<u64, usize>,
@@ -134,6 +136,7 @@ impl Data {
     pub fn new(fabric: Box<dyn Fabric>) -> Self {
         Self {
             fabric,
+            why: "given".to_owned(),
             entries: Vec::new(),
             by_id: HashMap::new(),
             by_key: HashMap::new(),

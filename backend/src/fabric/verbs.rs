@@ -104,8 +104,23 @@ pub struct Verbs {
 impl Verbs {
     /// Uses the best of what is wanted, now or when it is there.
     pub fn new(wanted: Wanted) -> Result<Self, Error> {
+        let mut verbs = Self::absent(wanted)?;
+        if let Err(error) = verbs.station() {
+            tracing::warn!(%error, "verbs");
+        }
+        Ok(verbs)
+    }
+
+    /// Uses the best of what is wanted, which must be there.
+    pub fn open(wanted: Wanted) -> Result<Self, Error> {
+        let mut verbs = Self::absent(wanted)?;
+        verbs.station()?;
+        Ok(verbs)
+    }
+
+    fn absent(wanted: Wanted) -> Result<Self, Error> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| Error::Readiness(e.into()))?;
-        let mut verbs = Self {
+        Ok(Self {
             wanted,
             epoll,
             station: None,
@@ -123,11 +138,7 @@ impl Verbs {
             cursor: 0,
             arrived: None,
             lent: None,
-        };
-        if let Err(error) = verbs.station() {
-            tracing::warn!(%error, "verbs");
-        }
-        Ok(verbs)
+        })
     }
 
     /// The device, opening it if it is there (again).

@@ -34,11 +34,11 @@ pub fn drivers() -> Result<Vec<String>, String> {
     device::names().map_err(|error| format!("libibverbs: {error}"))
 }
 
-/// Everything there is, what does not fit `wanted` marked as unusable.
-pub fn survey(wanted: &Wanted) -> Vec<Candidate> {
+/// Everything there is, what does not fit `wanted` marked as unusable, and the best of the rest.
+pub fn survey(wanted: &Wanted) -> (Vec<Candidate>, Option<Candidate>) {
     let mut candidates = list(&drivers());
-    choose(wanted, &mut candidates);
-    candidates
+    let chosen = choose(wanted, &mut candidates).cloned();
+    (candidates, chosen)
 }
 
 /// Why nothing of what there is can be used.
@@ -56,8 +56,8 @@ fn why_none(candidates: &[Candidate]) -> String {
 impl Station {
     /// Opens the best of what is wanted, and watches it.
     pub fn open(wanted: &Wanted, epoll: &OwnedFd) -> Result<Self, Error> {
-        let mut candidates = list(&drivers());
-        let Some(chosen) = choose(wanted, &mut candidates).cloned() else {
+        let (candidates, chosen) = survey(wanted);
+        let Some(chosen) = chosen else {
             return Err(Error::NoDevice(why_none(&candidates)));
         };
         let failed = |what| move |source| Error::Device { what, source };
