@@ -20,6 +20,8 @@ TARGET = Path(os.environ.get("CARGO_TARGET_DIR") or Path(__file__).resolve().par
 ADDRESS = {"a": "198.51.100.1", "b": "198.51.100.2", "c": "198.51.100.3"}
 HOST = {"a": "h1", "b": "h1", "c": "h2"}
 MIB = 1 << 20
+# What emulation bears within the test's time; 10000 takes some minutes.
+CONNECTIONS = int(os.environ.get("VMLAB_CONNECTIONS", "1000"))
 
 
 class Failure(Exception):
@@ -318,6 +320,51 @@ class Scenarios:
         if self.kind == "verbs":
             check(seen.roce >= fabric, f"{seen.roce} bytes of RoCE v2 for {fabric} of the fabric lane")
         return f"{seen.frames} frames, {seen.roce / 1e6:.1f} MB of RoCE v2, {seen.vxlan / 1e6:.1f} MB of VXLAN"
+
+    def many_connections_few_queue_pairs(self):
+        """CONNECTIONS at once on the lane: at most 8 queue pairs per VNI and one registration per region."""
+        lab = self.lab
+        for host in ("h1", "h2"):
+            # Small rings, and as many as it takes: the machines have little memory.
+            edit = f"/^addresses/a max_connections = {CONNECTIONS + 100}\\nring_bytes = 16384"
+            lab.must("exec", host, "--", "sed", "-i", edit, f"/run/vsocket-lab/vs/{host}.toml")
+            lab.must("stop", "backend", host)
+        for host in ("h1", "h2"):
+            lab.must("start", "backend", host)
+        wait_until(20, lambda: all(p["up"] for p in lab.host_stat("h1")["peers"]), "the backends are peers again")
+        idle = self.resources("h1")
+        server = "redis-server --bind 198.51.100.3 --port 6391 --protected-mode no --appendonly no --maxclients 20000 --save"
+        lab.serve("c", 6391, *server.split(), "")
+        clients = lab.run(
+            "a", "redis-benchmark", "-h", ADDRESS["c"], "-p", "6391", "-t", "get", "-q", "-l",
+            "-c", str(CONNECTIONS), "-n", str(100 * CONNECTIONS),
+        )  # fmt: skip
+        most = 0
+
+        def all_on_lane():
+            nonlocal most
+            check(clients.runs(), f"redis-benchmark ended: {clients.last()}")
+            most = max(most, lab.host_stat("h1")["lanes"]["fabric"])
+            return most >= CONNECTIONS
+
+        wait_until(20 + CONNECTIONS // 50, all_on_lane, lambda: f"{CONNECTIONS} connections on the lane: at most {most}")
+        busy = self.resources("h1")
+        clients.kill()
+        if self.kind == "verbs":
+            check(busy["qp"] <= 2 * 8, f"{busy} for 2 VNIs")
+            check(busy["mr"] - idle["mr"] <= 16, f"registrations: {idle} without connections, {busy} with {most}")
+            return f"{most} on the lane: {busy['qp']} queue pairs, {busy['mr']} registrations of {lab.host_stat('h1')['slabs']} slabs"
+        return f"{most} on the lane"
+
+    def resources(self, host):
+        """What the kernel says a host's daemon holds of the device."""
+        if self.nic == "soft":
+            return {}
+        held = {}
+        for kind in ("qp", "mr"):
+            lines = self.lab.json("exec", host, "--", "rdma", "-j", "resource", "show", kind)
+            held[kind] = sum(line.get("comm") == "vsocketd" for line in lines)
+        return held
 
     def a_device_that_goes_and_comes(self):
         """`rdma link delete` under load: on over tcp, nothing lost; `rdma link add`: back on the lane."""
