@@ -460,7 +460,7 @@ class Test:
         for number, (options, some) in enumerate(SUITES[name]):
             if nics and options[1] not in nics:
                 continue
-            self.one_lab(f"{name[0]}{os.getpid()}-{number}", options, some, wanted)
+            self.one_lab(f"t{os.getpid()}-{number}", options, some, wanted)
 
     def one_lab(self, name, options, some, wanted):
         nic = options[1]
@@ -509,6 +509,14 @@ class Test:
             print(f"ok   {nic}: {text}, {took:.0f} s{': ' if said else ''}{said}", flush=True)
 
 
+def clear_away():
+    """Labs of tests that were killed; the name of one begins with the number of its process."""
+    for state in (TARGET / "vmlab" / "labs").glob("t[0-9]*-[0-9]*"):
+        pid = state.name[1:].split("-")[0]
+        if not Path(f"/proc/{pid}").exists():
+            Lab(state.name, None).down()
+
+
 def on_signals(end):
     def handle(signum, _frame):
         for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -529,6 +537,7 @@ def main():
     sys.stdout.reconfigure(errors="replace")
     test = Test(TARGET / "vmlab" / "test-logs" / args.suite)
     on_signals(lambda: test.lab and test.lab.down())
+    clear_away()
     test.suite(args.suite, args.scenario, args.nic)
     print(f"{test.passed} passed, {test.failed} failed")
     return 0 if test.passed and not test.failed else 1
