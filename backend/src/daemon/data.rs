@@ -59,6 +59,8 @@ pub(super) struct Pair {
     pub domain: DomainId,
     pub vni: u32,
     pub peer: u32,
+    /// The number of the offer it came from, by which both ends speak of it.
+    pub offer: u32,
     pub up: bool,
 }
 
