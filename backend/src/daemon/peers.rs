@@ -364,24 +364,32 @@ impl Daemon {
     fn pair_gone(&mut self, pair: Pair, reason: Reason, tell: bool) {
         let (Some(peers), Some(data)) = (&mut self.peers, &mut self.data) else { return };
         if data.close(pair.qp).is_some() {
-            let Pair { peer, vni, offer, .. } = pair;
+            let Pair { peer, vni, offer, up, .. } = pair;
             if tell {
                 // A device reports some failures at one end only.
                 let reason = reason as u16;
                 peers.send(peer, PeerMessage::QpRefuse { vni, offer, reason });
             }
-            self.no_pair(peer, vni, reason);
+            self.cool_down(peer, vni, reason);
+            match up {
+                true => self.pairing.handle_qp_down(peer, vni, reason),
+                false => self.pairing.handle_no_qp(peer, vni, reason),
+            }
         }
     }
 
-    /// There is no queue pair, and the next is not asked for at once.
     fn no_pair(&mut self, peer: u32, vni: u32, reason: Reason) {
+        self.cool_down(peer, vni, reason);
+        self.pairing.handle_no_qp(peer, vni, reason);
+    }
+
+    /// There is no queue pair, and the next is not asked for at once.
+    fn cool_down(&mut self, peer: u32, vni: u32, reason: Reason) {
         let Some(peers) = &mut self.peers else { return };
         let cool = if reason == Reason::FabricMismatch { MISMATCH_COOL } else { COOL };
         if !peers.cools(peer, vni) {
             peers.cooling.push((Instant::now() + cool, peer, vni));
         }
-        self.pairing.handle_qp_down(peer, vni, reason);
     }
 
     fn pair_up(&mut self, qp: QpId) {

@@ -12,6 +12,7 @@
 //! | [`connect`] | addresses, greeting, farewell | no |
 //! | [`link`] | one queue pair's life | no |
 //! | [`station`] | the device as this fabric uses it | no |
+//! | `removal` | a device that goes without a word | no |
 //! | this | all of them: events, deadlines, loss and return of the device | no |
 //!
 //! Each queue pair has its own completion queue, so that none can overflow and none holds what is left of a queue pair
@@ -51,6 +52,7 @@ pub mod link;
 pub mod memory;
 pub mod queue_pair;
 pub mod receive;
+mod removal;
 pub mod ring;
 mod secrets;
 pub mod select;
@@ -64,6 +66,9 @@ const FAREWELL: Duration = Duration::from_secs(1);
 
 /// When all is dropped, farewells have so long.
 const LAST_FAREWELL: Duration = Duration::from_millis(300);
+
+/// Batches of completions between two questions to the operating system, under load.
+const LOOKS: u32 = 256;
 
 struct Slot {
     generation: u32,
@@ -95,6 +100,7 @@ pub struct Verbs {
     batch_of: usize,
     /// Where looking for completions goes on.
     cursor: usize,
+    looks: u32,
     /// A message to be told next: queue pair, slot, length.
     arrived: Option<(usize, u32, usize)>,
     /// A slot that the user is looking at.
@@ -136,6 +142,7 @@ impl Verbs {
             batch: VecDeque::new(),
             batch_of: 0,
             cursor: 0,
+            looks: 0,
             arrived: None,
             lent: None,
         })
@@ -344,7 +351,7 @@ impl Verbs {
                 link.armed = false;
             }
         }
-        while let Some(incident) = self.station.as_ref().and_then(|station| station.context.next_incident()) {
+        while let Some(incident) = self.station.as_ref().and_then(Station::next_incident) {
             self.suffer(incident);
         }
     }
@@ -403,6 +410,11 @@ impl Verbs {
 
     /// Looks for something to handle; false if a sleeper would be woken for the next.
     fn look(&mut self) -> bool {
+        // Also a fabric that never rests hears of its device's end.
+        self.looks = self.looks.wrapping_add(1);
+        if self.looks.is_multiple_of(LOOKS) {
+            self.ask();
+        }
         loop {
             if self.take_batch() {
                 return true;

@@ -146,6 +146,13 @@ impl Context {
         &self.name
     }
 
+    /// The name of its node.
+    pub fn node(&self) -> String {
+        // SAFETY: an open context names its device, which stays alive with it; the name is NUL-terminated.
+        let name = unsafe { CStr::from_ptr((*(*self.raw()).device).dev_name.as_ptr()) };
+        name.to_string_lossy().into_owned()
+    }
+
     pub(super) fn raw(&self) -> *mut ibv_context {
         self.raw.as_ptr()
     }

@@ -8,10 +8,11 @@ use std::sync::Arc;
 use rustix::event::epoll;
 
 use super::completion::{Channel, Cq};
-use super::device::{self, Context, Limits, Port};
+use super::device::{self, Context, Incident, Limits, Port};
 use super::link::{Link, Purpose, depths};
 use super::memory::Pd;
 use super::queue_pair::Way;
+use super::removal::Removal;
 use super::select::{Candidate, Wanted, choose, list};
 use crate::fabric::{Error, Facts};
 
@@ -25,6 +26,8 @@ pub struct Station {
     pub limits: Limits,
     /// The port's state when it was opened.
     pub port: Port,
+    /// What tells us that it goes without a report.
+    removal: Option<Removal>,
     /// Port and GID.
     pub chosen: Candidate,
 }
@@ -72,9 +75,14 @@ impl Station {
         epoll::add(epoll, &context, epoll::EventData::new_u64(0), flags)
             .and_then(|()| epoll::add(epoll, &channel, epoll::EventData::new_u64(1), flags))
             .map_err(|error| Error::Readiness(error.into()))?;
+        let removal = Removal::watch(context.node());
+        if let Some(removal) = &removal {
+            epoll::add(epoll, removal, epoll::EventData::new_u64(2), flags)
+                .map_err(|error| Error::Readiness(error.into()))?;
+        }
         let at = chosen.address();
         tracing::info!(device = chosen.device, port = chosen.port, gid = %at, kind = chosen.transport(), "verbs");
-        Ok(Self { context, channel, limits, port, chosen })
+        Ok(Self { context, channel, limits, port, removal, chosen })
     }
 
     /// Watches it no more.
@@ -82,6 +90,15 @@ impl Station {
         // Descriptors that are about to be closed leave the set with them.
         let _ = epoll::delete(epoll, &self.channel);
         let _ = epoll::delete(epoll, &self.context);
+        let _ = self.removal.as_ref().map(|removal| epoll::delete(epoll, removal));
+    }
+
+    /// The next thing that the device, or its absence, reports.
+    pub fn next_incident(&self) -> Option<Incident> {
+        if self.removal.as_ref().is_some_and(Removal::is_gone) {
+            return Some(Incident::Gone);
+        }
+        self.context.next_incident()
     }
 
     /// Our GID.
