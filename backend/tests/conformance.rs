@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use vsocket_backend::fabric::soft::{Options, Soft};
 use vsocket_backend::fabric::{
-    Access, Disconnect, DomainId, Event, Fabric, Fault, Kind, LocalRange, MAX_GATHER, MAX_SEND, MemoryKey,
-    PostError, QpId, Region, RemoteAddress, Signal, Status, WorkId, loopback,
+    Access, Disconnect, DomainId, Endpoint, Event, Fabric, Fault, Kind, LocalRange, MAX_GATHER, MAX_SEND,
+    MemoryKey, PostError, QpId, Region, RemoteAddress, Signal, Status, WorkId, loopback,
 };
 
 /// An event, owned.
@@ -445,6 +445,162 @@ fn many_registrations_do_not_mix(mut pair: Pair) {
     pair.until("closed", |seen| disconnected(&seen[0]).is_some());
 }
 
+fn a_slow_receiver_loses_nothing(mut pair: Pair) {
+    const MANY: u64 = 1500;
+    let [a, _] = pair.connect();
+    let (mut posted, mut heard) = (0, 0);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while heard < MANY {
+        assert!(Instant::now() < deadline, "{heard} of {posted}");
+        while posted < MANY {
+            let size = (posted % 7 * 600) as usize;
+            let bytes = pattern(size, posted as u32);
+            match pair.ends[0].post_send(a.qp, WorkId(posted), &[&bytes], Signal::No) {
+                Ok(()) => posted += 1,
+                Err(error) => {
+                    assert_eq!(error, PostError::Full);
+                    break;
+                }
+            }
+        }
+        pair.ends[0].flush();
+        while let Some(event) = pair.ends[0].poll() {
+            assert!(matches!(event, Event::Room { .. }), "{event:?}");
+        }
+        // Ten for each of the sender's turns: its queue and all buffers between are soon full.
+        for _ in 0..10 {
+            match pair.ends[1].poll() {
+                Some(Event::Received { payload, .. }) => {
+                    assert!(payload == pattern((heard % 7 * 600) as usize, heard as u32), "message {heard}");
+                    heard += 1;
+                }
+                other => assert_eq!(other, None),
+            }
+        }
+    }
+}
+
+fn writes_without_reports_do_not_run_dry(mut pair: Pair) {
+    const LEN: usize = 5000;
+    let [a, b] = pair.connect();
+    let source = pair.ends[0].register(a.domain, filled(LEN, 3), Access::Local).unwrap();
+    let target = Region::private(LEN);
+    let key = pair.ends[1].register(b.domain, target.clone(), Access::RemoteWrite).unwrap();
+    for round in 0..2000 {
+        let (local, remote) = (range(source, 0, LEN), at(key, 0));
+        while pair.ends[0].post_write(a.qp, WorkId(round), local, remote, Signal::No) == Err(PostError::Full)
+        {
+            pair.ends[0].flush();
+            while let Some(event) = pair.ends[0].poll() {
+                assert!(matches!(event, Event::Room { .. }), "{event:?}");
+            }
+            assert_eq!(pair.ends[1].poll(), None, "a WRITE is not reported");
+        }
+    }
+    while pair.send(0, a.qp, 9, b"end") == Err(PostError::Full) {
+        pair.turn();
+    }
+    pair.until("end", |seen| received(&seen[1]) == [b"end"]);
+    assert!(content(&target) == pattern(LEN, 3));
+}
+
+fn a_write_longer_than_any_packet_or_buffer(mut pair: Pair) {
+    // More than the longest message of Soft-RoCE, 8 MiB.
+    const LEN: usize = (9 << 20) + 5;
+    let [a, b] = pair.connect();
+    let source = pair.ends[0].register(a.domain, filled(LEN, 4), Access::Local).unwrap();
+    let target = Region::private(LEN);
+    let key = pair.ends[1].register(b.domain, target.clone(), Access::RemoteWrite).unwrap();
+    pair.write(0, a.qp, 1, range(source, 0, LEN), at(key, 0)).unwrap();
+    while pair.send(0, a.qp, 2, b"all of it") == Err(PostError::Full) {
+        pair.turn();
+    }
+    pair.until("message", |seen| received(&seen[1]) == [b"all of it"]);
+    assert!(content(&target) == pattern(LEN, 4));
+    pair.until("reports", |seen| completed(&seen[0], Status::Done) == [1, 2]);
+}
+
+fn things_may_be_taken_down_in_any_order(mut pair: Pair) {
+    for order in 0..6 {
+        let [a, b] = pair.connect();
+        let source = pair.ends[0].register(a.domain, filled(64, 1), Access::RemoteWrite).unwrap();
+        let target = pair.ends[1].register(b.domain, Region::private(64), Access::RemoteWrite).unwrap();
+        pair.write(0, a.qp, 1, range(source, 0, 64), at(target, 0)).unwrap();
+        pair.send(0, a.qp, 2, b"before").unwrap();
+        if order % 2 == 0 {
+            pair.until("message", |seen| received(&seen[1]).last().is_some_and(|m| m == b"before"));
+        }
+        match order / 2 {
+            0 => pair.ends[0].close_domain(a.domain),
+            1 => {
+                // On a device the WRITE may fail for it; nothing may crash for it.
+                pair.ends[0].deregister(source).unwrap();
+                pair.ends[0].close(a.qp);
+                pair.ends[0].close(a.qp);
+                pair.ends[0].close_domain(a.domain);
+            }
+            _ => {
+                pair.ends[0].close(a.qp);
+                pair.ends[1].close_domain(b.domain);
+                pair.ends[1].close(b.qp);
+                pair.ends[0].close_domain(a.domain);
+                pair.ends[0].close_domain(a.domain);
+            }
+        }
+        assert!(pair.ends[0].deregister(source).is_err(), "gone with its domain");
+        assert!(pair.ends[0].register(a.domain, Region::private(8), Access::Local).is_err());
+        assert_eq!(pair.send(0, a.qp, 3, b""), Err(PostError::NotConnected));
+        let gone = |seen: &[Seen]| seen.iter().any(|s| matches!(s, Seen::Disconnected(qp, _) if *qp == a.qp));
+        pair.until("the end here", |seen| gone(&seen[0]));
+        pair.ends[1].close_domain(b.domain);
+        pair.seen = [Vec::new(), Vec::new()];
+    }
+    let [a, _] = pair.connect();
+    pair.send(0, a.qp, 1, b"after").unwrap();
+    pair.until("message", |seen| received(&seen[1]).last().is_some_and(|m| m == b"after"));
+}
+
+fn another_kind_of_fabric_is_refused_by_name(mut pair: Pair) {
+    let ours = pair.ends[0].kind();
+    let domain = pair.ends[0].open_domain();
+    let theirs = Kind::ALL.into_iter().filter(|kind| *kind != ours).map(|kind| Endpoint::new(kind, &[1; 20]));
+    let unknown = Endpoint::parse(&[99; Endpoint::LEN]);
+    for offer in theirs.chain([unknown]) {
+        let error = pair.ends[0].dial(domain, 100, [1; 32], &offer, Instant::now()).unwrap_err();
+        let expected = format!("the other end has {}, this one {}", offer.kind_name(), ours.name());
+        assert_eq!(error.to_string(), expected);
+    }
+    // The right kind, and nonsense in it: an error, or a queue pair that does not come to be.
+    let nonsense = Endpoint::new(ours, &[0xee; Endpoint::BYTES]);
+    if ours != Kind::Memory {
+        assert!(pair.ends[0].dial(domain, 100, [1; 32], &nonsense, Instant::now()).is_err());
+    }
+    assert_eq!(pair.ends[0].facts().queue_pairs, 0);
+}
+
+fn queue_pairs_do_not_mix(mut pair: Pair) {
+    const MANY: usize = 20;
+    let ends: Vec<_> = (0..MANY).map(|_| pair.connect()).collect();
+    assert_eq!(pair.ends[0].facts().queue_pairs, MANY);
+    for round in 0..10_u8 {
+        for (n, [a, b]) in ends.iter().enumerate() {
+            pair.send(0, a.qp, 1, &[n as u8, round]).unwrap();
+            pair.send(1, b.qp, 1, &[n as u8, round, 0]).unwrap();
+        }
+    }
+    pair.until("messages", |seen| seen.iter().all(|seen| received(seen).len() == MANY * 10));
+    for (n, [a, b]) in ends.iter().enumerate() {
+        for (end, qp) in [(1, b.qp), (0, a.qp)] {
+            let of = |seen: &Seen| match seen {
+                Seen::Received(from, bytes) if *from == qp => Some((bytes[0] as usize, bytes[1])),
+                _ => None,
+            };
+            let heard: Vec<_> = pair.seen[end].iter().filter_map(of).collect();
+            assert_eq!(heard, (0..10).map(|round| (n, round)).collect::<Vec<_>>());
+        }
+    }
+}
+
 fn the_descriptor_wakes_a_sleeper(mut pair: Pair) {
     use mio::unix::SourceFd;
     use std::os::fd::AsRawFd;
@@ -538,5 +694,11 @@ on_every_fabric! {
     close_flushes_and_tells_both,
     a_wrong_secret_is_rejected,
     many_registrations_do_not_mix,
+    a_slow_receiver_loses_nothing,
+    writes_without_reports_do_not_run_dry,
+    a_write_longer_than_any_packet_or_buffer,
+    things_may_be_taken_down_in_any_order,
+    another_kind_of_fabric_is_refused_by_name,
+    queue_pairs_do_not_mix,
     the_descriptor_wakes_a_sleeper,
 }
