@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use mio::unix::SourceFd;
 use vsocket_backend::fabric::soft::{Options, Soft};
 use vsocket_backend::fabric::{
-    Access, Event, Fabric, LocalRange, MemoryKey, PostError, QpId, Region, RemoteAddress, Signal, WorkId,
+    Access, Endpoint, Event, Fabric, LocalRange, MemoryKey, PostError, QpId, Region, RemoteAddress, Signal,
+    WorkId,
 };
 
 const ROUNDS: usize = 5;
@@ -56,7 +57,7 @@ fn serve(mut fabric: Soft, round: u64, tally: &Tally) -> Soft {
     let domain = fabric.open_domain();
     let ring = Region::private(RING);
     let key = fabric.register(domain, ring, Access::RemoteWrite).expect("a region");
-    let qp = fabric.expect(domain, 100, secret(round), Instant::now()).expect("a secret");
+    let (qp, _) = fabric.expect(domain, 100, secret(round), Instant::now()).expect("a secret");
     let mut sleeper = Sleeper::new(&fabric);
     loop {
         let (mut answer, mut over, mut count) = (None, false, 0);
@@ -107,7 +108,8 @@ struct Dialled {
 fn dial(mut fabric: Soft, address: SocketAddr, round: u64) -> Dialled {
     let domain = fabric.open_domain();
     let local = fabric.register(domain, Region::private(RING), Access::Local).expect("a region");
-    let qp = fabric.dial(domain, 100, secret(round), address, Instant::now()).expect("dialling");
+    let offer = Endpoint::of_address(address);
+    let (qp, _) = fabric.dial(domain, 100, secret(round), &offer, Instant::now()).expect("dialling");
     let mut sleeper = Sleeper::new(&fabric);
     loop {
         while let Some(event) = fabric.poll() {

@@ -6,7 +6,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{Agent, Dir, End, Running, Switch, pair, two_hosts_with};
+use common::{Agent, Dir, End, Running, Switch, pair, soft, two_hosts_with};
 
 /// What must live as long as the lane.
 struct Lab {
@@ -18,7 +18,7 @@ struct Lab {
 
 fn ends() -> (Lab, End, End) {
     let dir = Dir::new();
-    let hosts = two_hosts_with(&dir, 1 << 20);
+    let hosts = two_hosts_with(&dir, 1 << 20, [soft(), soft()]);
     let (a, c) = (Agent::new(&dir.0.join("a")), Agent::new(&dir.0.join("c")));
     let (ours, theirs) = pair(&a, &c, 1, ["198.51.100.1:4000", "198.51.100.3:80"], 1);
     let (one, two) = (End::new(ours, 1), End::new(theirs, 1));

@@ -319,8 +319,8 @@ fn soft_pair() -> (Soft, QpId, MemoryKey, Soft, MemoryKey) {
     let (near, far) = (a.open_domain(), b.open_domain());
     let local = a.register(near, Region::private(SEGMENT), Access::Local).expect("a region");
     let remote = b.register(far, Region::private(SEGMENT), Access::RemoteWrite).expect("a region");
-    b.expect(far, 100, [9; 32], Instant::now()).expect("a secret");
-    let qp = a.dial(near, 100, [9; 32], b.address(), Instant::now()).expect("dialling");
+    let (_, offer) = b.expect(far, 100, [9; 32], Instant::now()).expect("a secret");
+    let (qp, _) = a.dial(near, 100, [9; 32], &offer, Instant::now()).expect("dialling");
     let mut up = 0;
     while up < 2 {
         for end in [&mut a, &mut b] {

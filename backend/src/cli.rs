@@ -14,9 +14,16 @@ use crate::capture::FlowFilter;
 use crate::config::Config;
 use crate::{capture, certs, config, daemon, operator};
 
+/// What a build without verbs says of itself.
+const VERSION: &str = if cfg!(feature = "verbs") {
+    concat!(env!("CARGO_PKG_VERSION"), " (fabrics: verbs, soft)")
+} else {
+    concat!(env!("CARGO_PKG_VERSION"), " (fabrics: soft; built without verbs)")
+};
+
 /// The host's daemon: carries accelerated TCP connections between guests, and between hosts.
 #[derive(Debug, Parser)]
-#[command(name = "vsocketd", version, args_conflicts_with_subcommands = true)]
+#[command(name = "vsocketd", version = VERSION, args_conflicts_with_subcommands = true)]
 #[command(group = ArgGroup::new("what").required(true).args(["config"]))]
 struct Arguments {
     /// Run with this configuration.
@@ -42,6 +49,12 @@ enum Command {
         /// Each host's name, as `host` in its configuration.
         #[arg(required = true, value_name = "HOST")]
         hosts: Vec<String>,
+    },
+    /// List the RDMA devices, ports and addresses that could be used, and why the others cannot.
+    Devices {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
     },
     /// Show what a running daemon does.
     Stat {
@@ -185,6 +198,7 @@ fn obey(command: Command) -> Result<(), Error> {
             let answer = operator::stat(&control.path(), connections)?;
             println!("{}", if json { answer.to_string() } else { operator::as_text(&answer) });
         }
+        Command::Devices { json } => devices(json),
         Command::Drain { control, vport } => operator::drain(&control.path(), &vport, true)?,
         Command::Capture { control, vport, vni, flow, file, bytes, snaplen, count, buffer } => {
             let count = count.unwrap_or(u64::MAX);
@@ -206,6 +220,42 @@ fn size(text: &str) -> Result<u64, String> {
     };
     let number = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift));
     number.ok_or_else(|| format!("'{text}' is no number of bytes: want digits, and K, M or G after them"))
+}
+
+/// Lists what there is, the device that would be chosen first among what is usable.
+#[cfg(feature = "verbs")]
+fn devices(json: bool) {
+    use crate::fabric::verbs::{select::Wanted, station};
+    use serde_json::{Value, json};
+
+    let (all, chosen) = station::survey(&Wanted::default());
+    let row = |candidate: &crate::fabric::verbs::select::Candidate| {
+        let usable = candidate.unusable.clone().unwrap_or_else(|| "usable".to_owned());
+        let chosen = chosen.as_ref() == Some(candidate);
+        json!({
+            "device": candidate.device,
+            "port": candidate.port,
+            "index": candidate.index,
+            "kind": candidate.transport(),
+            "netdev": candidate.netdev,
+            "address": candidate.address().to_string(),
+            "state": if chosen { "chosen".to_owned() } else { usable },
+        })
+    };
+    let rows: Value = all.iter().map(row).collect();
+    if json {
+        println!("{rows}");
+    } else if all.is_empty() {
+        println!("There is no RDMA device; the fabric is soft. Soft-RoCE makes one of a network interface:");
+        println!("    modprobe rdma_rxe && rdma link add rxe0 type rxe netdev eth0");
+    } else {
+        println!("{}", operator::as_text(&rows));
+    }
+}
+
+#[cfg(not(feature = "verbs"))]
+fn devices(json: bool) {
+    println!("{}", if json { "[]" } else { "This vsocketd is built without verbs; the fabric is soft." });
 }
 
 /// Logs to standard error; `VSOCKETD_LOG` chooses levels (`info`; `vsocket_backend::peer=debug`).

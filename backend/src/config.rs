@@ -69,13 +69,45 @@ pub struct Tls {
 }
 
 /// The fabric of this host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fabric {
     /// Verbs in user space over TCP.
     Soft {
         /// Where queue pairs are dialled.
         listen: SocketAddr,
     },
+    /// An RDMA device, also while there is none.
+    Verbs(Device),
+    /// An RDMA device if there is one at the start, else as `Soft`.
+    Auto {
+        /// Where queue pairs are dialled without a device.
+        listen: SocketAddr,
+        /// Which device.
+        device: Device,
+    },
+}
+
+impl Fabric {
+    /// This host's address in the underlay, if it is known.
+    pub fn underlay(&self) -> Option<IpAddr> {
+        match self {
+            Self::Soft { listen } | Self::Auto { listen, .. } => Some(listen.ip()),
+            Self::Verbs(device) => device.underlay.or(device.address),
+        }
+    }
+}
+
+/// Which RDMA device is meant; what is absent may be anything.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Device {
+    /// Its name, such as `mlx5_0`.
+    pub name: Option<String>,
+    /// The network interface under it.
+    pub netdev: Option<String>,
+    /// The address that its GID holds.
+    pub address: Option<IpAddr>,
+    /// The underlay's address, of which a GID is preferred.
+    pub underlay: Option<IpAddr>,
 }
 
 /// Another backend.

@@ -18,6 +18,7 @@ use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use vsocket_channel::reason::Reason;
 
 use crate::config::Config;
+use crate::fabric::Facts;
 use crate::metrics::{Metrics, Traffic};
 use crate::operator::Operator;
 use crate::pairing::{Pairing, VportFacts};
@@ -363,14 +364,16 @@ impl Daemon {
         self.stop.waker.clone()
     }
 
-    pub(crate) fn has_fabric(&self) -> bool {
-        self.data.is_some()
+    /// The fabric's name, why it is that one, and what it stands on.
+    pub(crate) fn fabric(&self) -> Option<(&'static str, &str, Facts)> {
+        let data = self.data.as_ref()?;
+        Some((data.fabric.kind().name(), &data.why, data.fabric.facts()))
     }
 
-    /// The peers' names, and whether each can be reached.
-    pub(crate) fn peer_states(&self) -> impl Iterator<Item = (&str, bool)> {
+    /// The peers' names, whether each can be reached, and its fabric if that is not ours.
+    pub(crate) fn peer_states(&self) -> impl Iterator<Item = (&str, bool, Option<&'static str>)> {
         let states = self.peers.iter().flat_map(|peers| &peers.states);
-        states.map(|peer| (peer.host.as_str(), peer.connected && !peer.silent))
+        states.map(|peer| (peer.host.as_str(), peer.connected && !peer.silent, peer.other_fabric))
     }
 
     /// The counters of the captures that run.

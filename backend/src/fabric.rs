@@ -8,6 +8,10 @@
 //!
 //! - A [`DomainId`] is a protection domain: steering tags of one domain mean nothing on queue pairs of another. The
 //!   daemon has one per (VNI, peer), so a tenant's memory cannot be named from another tenant's queue pair.
+//! - A queue pair comes to be in three steps, whose two [`Endpoint`]s travel on a connection that both hosts trust:
+//!   [`expect`](Fabric::expect) gives an offer, [`dial`](Fabric::dial) with that offer gives an answer, and
+//!   [`accept`](Fabric::accept) takes it. It is [`Event::Connected`] only when the one-time secret has come through the
+//!   queue pair itself.
 //! - A queue pair ([`QpId`]) is reliable and ordered. A WRITE has reached the remote region before the SEND posted after
 //!   it is reported there. Nothing is reported for a WRITE at the remote side.
 //! - A *completion* with [`Status::Done`] says that the fabric will not read the local memory of that work request
@@ -17,6 +21,8 @@
 //!   such an error, found by the *target*, which says so to the initiator ([`Disconnect::Terminated`]).
 //! - After [`Fabric::deregister`] returns no peer can touch the region; a WRITE that names it ends its queue pair, as on
 //!   an RNIC, so take the lane back before the memory.
+//! - A fabric on an RNIC hears of a remote error only that it was one ([`Fault::Refused`]), and of a peer whose process
+//!   died only when it next sends, or from the connection that the daemons keep beside the fabric.
 //!
 //! # Driving it
 //!
@@ -31,8 +37,9 @@
 //! let (mut a, mut b) = loopback::pair()?;
 //! let (dom_a, dom_b) = (a.open_domain(), b.open_domain());
 //! let secret = [7; 32];
-//! let qp_b = b.expect(dom_b, 100, secret, std::time::Instant::now())?;
-//! let qp_a = a.dial(dom_a, 100, secret, b.address(), std::time::Instant::now())?;
+//! let (qp_b, offer) = b.expect(dom_b, 100, secret, std::time::Instant::now())?;
+//! let (qp_a, answer) = a.dial(dom_a, 100, secret, &offer, std::time::Instant::now())?;
+//! b.accept(qp_b, &answer)?;
 //! assert!(matches!(a.poll(), Some(Event::Connected { qp }) if qp == qp_a));
 //! assert!(matches!(b.poll(), Some(Event::Connected { qp }) if qp == qp_b));
 //! a.post_send(qp_a, WorkId(1), &[b"hello, ", b"peer"], Signal::No)?;
@@ -47,12 +54,16 @@ use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
+pub mod endpoint;
 pub mod fault;
 pub mod loopback;
 pub mod memory;
 pub mod registry;
 pub mod soft;
+#[cfg(feature = "verbs")]
+pub mod verbs;
 
+pub use endpoint::{Endpoint, Kind};
 pub use memory::Region;
 
 /// The longest payload of one SEND.
@@ -161,6 +172,8 @@ pub enum Disconnect {
     TimedOut,
     /// The other end does not take us: wrong secret, version or VNI.
     Rejected,
+    /// The device has been removed, or must be opened anew.
+    DeviceGone,
     /// [`Fabric::close`] was called.
     Closed,
 }
@@ -176,6 +189,7 @@ impl Disconnect {
             Self::Io(_) => "io",
             Self::TimedOut => "timed_out",
             Self::Rejected => "rejected",
+            Self::DeviceGone => "device_gone",
             Self::Closed => "closed",
         }
     }
@@ -194,6 +208,8 @@ pub enum Fault {
     WrongDomain,
     /// Offset plus length does not fit 64 bits.
     Wrap,
+    /// One of the above; the device does not tell which.
+    Refused,
     /// Any other layer, type and code.
     Other {
         /// 0 RDMAP, 1 DDP, 2 MPA.
@@ -213,6 +229,7 @@ impl fmt::Display for Fault {
             Self::AccessRights => f.write_str("access not allowed"),
             Self::WrongDomain => f.write_str("steering tag of another domain"),
             Self::Wrap => f.write_str("offset wraps"),
+            Self::Refused => f.write_str("remote access refused"),
             Self::Other { layer, kind, code } => write!(f, "layer {layer}, type {kind}, code {code}"),
         }
     }
@@ -379,12 +396,66 @@ pub enum Error {
     /// No entropy for steering tags.
     #[error("the system gives no random bytes")]
     Entropy,
+    /// The other end has another fabric than ours.
+    #[error("the other end has {theirs}, this one {ours}")]
+    WrongKind {
+        /// Its kind.
+        theirs: &'static str,
+        /// Our kind.
+        ours: &'static str,
+    },
+    /// The other end's half of the agreement makes no sense.
+    #[error("the other end's half of the agreement cannot be: {0}")]
+    BadEndpoint(&'static str),
+    /// There is no device that could be used, and why.
+    #[error("no usable RDMA device: {0}")]
+    NoDevice(String),
+    /// The device has no more of these.
+    #[error("the device has no more than {limit} {what}")]
+    Exhausted {
+        /// Of what.
+        what: &'static str,
+        /// How many it has.
+        limit: usize,
+    },
+    /// The device, or its driver, did not give something.
+    #[error("the RDMA device gives no {what}")]
+    Device {
+        /// What.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The queue pair is not waiting for an answer.
+    #[error("no queue pair waits for this answer")]
+    NotExpected,
+}
+
+/// What a fabric stands on and holds.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// The RDMA device.
+    pub device: Option<String>,
+    /// Its port.
+    pub port: Option<u8>,
+    /// Its address, and the kind of packets.
+    pub gid: Option<String>,
+    /// The port's MTU in bytes.
+    pub mtu: Option<u32>,
+    /// Queue pairs, also those in the making.
+    pub queue_pairs: usize,
+    /// Registered regions.
+    pub regions: usize,
 }
 
 /// Verbs, reduced to what is portable. See the module's contract.
 pub trait Fabric: Send + AsFd {
-    /// Where peers dial this fabric.
-    fn address(&self) -> SocketAddr;
+    /// Which fabric this is.
+    fn kind(&self) -> Kind;
+
+    /// What it stands on and holds, for the operator.
+    fn facts(&self) -> Facts;
 
     /// A new protection domain.
     fn open_domain(&mut self) -> DomainId;
@@ -399,18 +470,27 @@ pub trait Fabric: Send + AsFd {
     /// Takes the region back from the peer, at once.
     fn deregister(&mut self, key: MemoryKey) -> Result<(), Error>;
 
-    /// The passive end: whoever dials and presents this secret in time becomes this queue pair.
-    fn expect(&mut self, domain: DomainId, vni: u32, secret: Secret, now: Instant) -> Result<QpId, Error>;
+    /// The passive end: whoever dials this offer and presents this secret in time becomes this queue pair.
+    fn expect(
+        &mut self,
+        domain: DomainId,
+        vni: u32,
+        secret: Secret,
+        now: Instant,
+    ) -> Result<(QpId, Endpoint), Error>;
 
-    /// The active end.
+    /// The active end: its queue pair, and the answer to the offer.
     fn dial(
         &mut self,
         domain: DomainId,
         vni: u32,
         secret: Secret,
-        address: SocketAddr,
+        offer: &Endpoint,
         now: Instant,
-    ) -> Result<QpId, Error>;
+    ) -> Result<(QpId, Endpoint), Error>;
+
+    /// The passive end again: the answer to its offer has come. A fabric that needs none has connected without.
+    fn accept(&mut self, qp: QpId, answer: &Endpoint) -> Result<(), Error>;
 
     /// Gives a queue pair up. Outstanding work is flushed, [`Disconnect::Closed`] follows.
     fn close(&mut self, qp: QpId);

@@ -16,6 +16,7 @@ use vsocket_channel::message::Message;
 
 use crate::carrier::{self, Carrier};
 use crate::daemon::Daemon;
+use crate::fabric::Facts;
 
 mod tool;
 
@@ -92,10 +93,16 @@ impl Daemon {
     fn totals(&self) -> Value {
         let vports: Vec<_> = self.vports.iter().enumerate().map(|(n, _)| self.vport(n)).collect();
         let (direct, fabric) = self.pairing.lanes();
-        let peers: Vec<_> = self.peer_states().map(|(host, up)| json!({ "host": host, "up": up })).collect();
+        let (kind, uses) = match self.fabric() {
+            Some((name, why, facts)) => (name, fabric_uses(why, facts)),
+            None => ("none", fabric_uses("no [[peer]]", Facts::default())),
+        };
+        let peer = |(host, up, other): (&str, bool, Option<&str>)| json!({ "host": host, "up": up, "fabric": other.unwrap_or(kind) });
+        let peers: Vec<_> = self.peer_states().map(peer).collect();
         json!({
             "host": self.host,
-            "fabric": if self.has_fabric() { "soft" } else { "none" },
+            "fabric": kind,
+            "fabric_uses": uses,
             "vports": vports,
             "lanes": { "direct": direct, "fabric": fabric },
             "passes": self.passes,
@@ -140,6 +147,24 @@ impl Daemon {
         };
         self.pairing.lines().map(line).collect()
     }
+}
+
+/// What the fabric stands on; what it does not have is left out.
+fn fabric_uses(why: &str, facts: Facts) -> Value {
+    let Facts { device, port, gid, mtu, queue_pairs, regions } = facts;
+    let mut uses = json!({
+        "why": why,
+        "device": device,
+        "port": port,
+        "gid": gid,
+        "mtu": mtu,
+        "queue_pairs": queue_pairs,
+        "regions": regions,
+    });
+    if let Value::Object(fields) = &mut uses {
+        fields.retain(|_, value| !value.is_null());
+    }
+    uses
 }
 
 fn object(counters: impl Iterator<Item = (&'static str, u64)>) -> Value {

@@ -163,6 +163,8 @@ pub struct Pairing {
     parties: HashMap<(EndId, u32), (u64, usize)>,
     peers_up: HashSet<u32>,
     qps: HashSet<(u32, u32)>,
+    /// Why the last attempt at a queue pair came to nothing.
+    no_qp: HashMap<(u32, u32), Reason>,
     remote_offers: HashMap<(u32, Tuple), RemoteOffer>,
     flows: HashMap<u64, FlowUse>,
     ready: VecDeque<EndId>,
@@ -194,6 +196,7 @@ impl Pairing {
             parties: HashMap::new(),
             peers_up: HashSet::new(),
             qps: HashSet::new(),
+            no_qp: HashMap::new(),
             remote_offers: HashMap::new(),
             flows: HashMap::new(),
             ready: VecDeque::new(),

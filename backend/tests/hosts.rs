@@ -4,7 +4,8 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{Agent, Dir, End, Prepared, Running, Switch, eventually, two_hosts};
+use common::{Agent, Dir, End, Prepared, RING, Running, Switch, eventually, soft, two_hosts, two_hosts_with};
+use vsocket_backend::fabric::loopback;
 use vsocket_channel::message::Message;
 use vsocket_channel::reason::Reason;
 
@@ -229,4 +230,26 @@ fn idle_lanes_cost_no_time() {
     assert!(after - before < 2000, "{before} {after}");
     std::thread::sleep(Duration::from_millis(500));
     assert!(wakes() - after < 2000);
+}
+
+#[test]
+fn different_fabrics_stay_on_tcp_and_say_so() {
+    let dir = Dir::new();
+    let (memory, _other_end) = loopback::pair().unwrap();
+    let (h1, h2, _switch) = two_hosts_with(&dir, RING, [soft(), Box::new(memory)]);
+    let (a, c) = (Agent::new(&dir.0.join("a")), Agent::new(&dir.0.join("c")));
+    a.open(1, A, C, 1);
+    c.open(1, C, A, 1);
+    for agent in [&a, &c] {
+        let declined = Message::Declined { conn: 1, reason: Reason::FabricMismatch };
+        // Until both have opened, each hears that the other has not.
+        while agent.hear() != declined {}
+    }
+    let (stat, far) = (h1.stat(), h2.stat());
+    assert_eq!((&stat["peers"][0]["fabric"], &stat["fabric"]), (&"memory".into(), &"soft".into()));
+    assert_eq!(
+        (&stat["drops"]["qp-offer-fabric"], &far["drops"]["qp-refused-fabric"]),
+        (&1.into(), &1.into())
+    );
+    assert_eq!(stat["fabric_uses"]["queue_pairs"], 0);
 }

@@ -331,7 +331,7 @@ fn every_wrong_caller_is_refused_by_name() {
         (
             "long",
             Some(own(&lab, "h2")),
-            vec![0xff, 0xff, 0xff, 0xff, 0, 1, 0, 1],
+            vec![0xff, 0xff, 0xff, 0xff, 0, 1, 0, 2],
             Refusal::Message(MessageError::Oversized { length: u32::MAX }),
         ),
     ];
@@ -367,12 +367,12 @@ fn callers_that_speak_no_tls_are_refused_by_name() {
 fn a_peer_that_breaks_the_protocol_is_put_down_by_name() {
     let lab = Lab::new();
     let h1 = h1_waiting(&lab);
-    let long = vec![0, 1, 0, 0, 0, 2, 0, 1];
-    let short = vec![0, 0, 0, 7, 0, 2, 0, 1];
+    let long = vec![0, 1, 0, 0, 0, 2, 0, 2];
+    let short = vec![0, 0, 0, 7, 0, 2, 0, 2];
     let table = [
         (long, Down::Message(MessageError::Oversized { length: 1 << 16 })),
         (short, Down::Message(MessageError::WrongLength { kind: 2, length: 7, expected: 8 })),
-        (vec![0, 0, 0, 8, 0, 77, 0, 1], Down::Message(MessageError::UnknownType { kind: 77 })),
+        (vec![0, 0, 0, 8, 0, 77, 0, 2], Down::Message(MessageError::UnknownType { kind: 77 })),
         (vec![0, 0, 0, 8, 0, 2, 0, 3], Down::Message(MessageError::WrongVersion { version: 3 })),
         (hello("h2"), Down::SecondHello),
     ];

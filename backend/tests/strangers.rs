@@ -40,9 +40,9 @@ fn each_kind_of_stranger_is_named_counted_and_hung_up_on() {
     let (mut fabric, mut friend) = (soft(), soft());
     let (here, there) = (fabric.open_domain(), friend.open_domain());
     let now = Instant::now();
-    let qp = fabric.expect(here, 100, [1; 32], now).unwrap();
+    let (qp, offer) = fabric.expect(here, 100, [1; 32], now).unwrap();
     fabric.expect(here, 100, [2; 32], now).unwrap();
-    let dialled = friend.dial(there, 100, [1; 32], fabric.address(), now).unwrap();
+    let dialled = friend.dial(there, 100, [1; 32], &offer, now).unwrap().0;
     let mut connected = false;
     while !connected {
         connected = matches!(fabric.poll(), Some(Event::Connected { .. }));
@@ -110,8 +110,8 @@ fn a_crowd_of_strangers_does_not_keep_a_friend_out() {
     let crowd: Vec<TcpStream> =
         (0..MAX_STRANGERS).map(|_| TcpStream::connect(fabric.address()).unwrap()).collect();
     let now = Instant::now();
-    fabric.expect(here, 100, [1; 32], now).unwrap();
-    friend.dial(there, 100, [1; 32], fabric.address(), now).unwrap();
+    let (_, offer) = fabric.expect(here, 100, [1; 32], now).unwrap();
+    friend.dial(there, 100, [1; 32], &offer, now).unwrap();
     assert_eq!(refusal(&mut fabric), Refusal::Crowded);
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
@@ -129,7 +129,7 @@ fn a_crowd_of_strangers_does_not_keep_a_friend_out() {
 fn a_request_in_crumbs_is_still_a_request() {
     let mut fabric = soft();
     let here = fabric.open_domain();
-    let qp = fabric.expect(here, 100, [1; 32], Instant::now()).unwrap();
+    let (qp, _) = fabric.expect(here, 100, [1; 32], Instant::now()).unwrap();
     let mut friend = TcpStream::connect(fabric.address()).unwrap();
     friend.set_nodelay(true).unwrap();
     for byte in request([1; 32], 100) {

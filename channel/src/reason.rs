@@ -71,6 +71,10 @@ reasons! {
     Opening = 22, "opening";
     /// The fabric refused or lost the queue pair.
     FabricDown = 23, "fabric-down";
+    /// The two hosts have different fabrics.
+    FabricMismatch = 24, "fabric-mismatch";
+    /// The fabric's device has no more queue pairs, regions or memory.
+    FabricFull = 25, "fabric-full";
 }
 
 #[cfg(all(test, not(loom)))]

@@ -9,8 +9,8 @@ use toml::Spanned;
 
 use super::raw::{self, Fault};
 use super::{
-    Backends, Config, DEFAULT_MAX_CONNECTIONS, DEFAULT_RING_BYTES, Fabric, MAX_RING_BYTES, MIN_RING_BYTES,
-    Mac, Peer, Tls, Vport,
+    Backends, Config, DEFAULT_MAX_CONNECTIONS, DEFAULT_RING_BYTES, Device, Fabric, MAX_RING_BYTES,
+    MIN_RING_BYTES, Mac, Peer, Tls, Vport,
 };
 use crate::directory::{self, Directory};
 use crate::peer::message::HostName;
@@ -94,10 +94,10 @@ fn backends(host: &HostName, raw: &raw::Config) -> Checked<Option<Backends>> {
     let Some(tls) = &raw.tls else { return fault("peer", first, "needs [tls] with ca, cert and key") };
     let Some(own) = &raw.peers else { return fault("peer", first, "needs [peers] with listen") };
     let Some(fabric) = &raw.fabric else {
-        return fault("peer", first, "needs [fabric] with kind and listen");
+        return fault("peer", first, "needs [fabric] with listen");
     };
     let control = listen("peers.listen", &own.as_ref().listen)?;
-    let fabric = self::fabric(fabric.as_ref(), control)?;
+    let fabric = self::fabric(fabric, control)?;
     let (mut hosts, mut vteps) = (Unique::new(), Unique::new());
     let peers = raw.peer.iter().map(|peer| self::peer(host, peer.as_ref(), &mut hosts, &mut vteps));
     let peers = peers.collect::<Checked<_>>()?;
@@ -111,7 +111,7 @@ fn no_backends(raw: &raw::Config) -> Checked<Option<Backends>> {
         raw.peers.as_ref().map(|peers| listen("peers.listen", &peers.as_ref().listen)).transpose()?;
     let Some(fabric) = &raw.fabric else { return Ok(None) };
     let own = control.unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], 0)));
-    let fabric = self::fabric(fabric.as_ref(), own)?;
+    let fabric = self::fabric(fabric, own)?;
     Ok(match (tls, control) {
         (Some(tls), Some(listen)) => Some(Backends { tls, listen, fabric, peers: Vec::new() }),
         _ => None,
@@ -126,22 +126,58 @@ fn tls(raw: &raw::Tls) -> Checked<Tls> {
     })
 }
 
-fn fabric(raw: &raw::Fabric, control: SocketAddr) -> Checked<Fabric> {
-    match raw.kind.as_ref().as_str() {
-        "soft" => {}
-        "verbs" => return fault("fabric.kind", &raw.kind, "\"verbs\" is not built yet; use \"soft\""),
-        other => {
-            return fault("fabric.kind", &raw.kind, format!("unknown fabric {other:?}; known: \"soft\""));
+fn fabric(raw: &Spanned<raw::Fabric>, control: SocketAddr) -> Checked<Fabric> {
+    let table = raw.as_ref();
+    let listen = table.listen.as_ref().map(|address| fabric_listen(address, control)).transpose()?;
+    let device = Device {
+        name: table.device.as_ref().map(|name| word("fabric.device", name)).transpose()?,
+        netdev: table.netdev.as_ref().map(|name| word("fabric.netdev", name)).transpose()?,
+        address: table.address.as_ref().map(|ip| reachable("fabric.address", ip)).transpose()?,
+        underlay: listen.map(|listen| listen.ip()),
+    };
+    let needs_listen =
+        || fault("fabric", raw, "needs listen: without an RDMA device peers dial this address");
+    let kind = table.kind.as_ref().map_or("auto", |kind| kind.as_ref().as_str());
+    match (kind, listen, &table.kind) {
+        ("auto", Some(listen), _) => Ok(Fabric::Auto { listen, device }),
+        ("soft", Some(listen), Some(at)) => {
+            let chooses = table.device.is_some() || table.netdev.is_some() || table.address.is_some();
+            if chooses {
+                return fault("fabric.kind", at, "\"soft\" has no device, netdev or address to choose");
+            }
+            Ok(Fabric::Soft { listen })
         }
+        ("verbs", _, Some(at)) if !cfg!(feature = "verbs") => {
+            fault("fabric.kind", at, "this vsocketd is built without verbs; use \"soft\" or \"auto\"")
+        }
+        ("verbs", ..) => Ok(Fabric::Verbs(device)),
+        ("auto" | "soft", ..) => needs_listen(),
+        (other, _, Some(at)) => {
+            let known = "\"auto\", \"verbs\", \"soft\"";
+            fault("fabric.kind", at, format!("unknown fabric {other:?}; known: {known}"))
+        }
+        (_, _, None) => needs_listen(),
     }
-    let address = listen("fabric.listen", &raw.listen)?;
+}
+
+fn fabric_listen(value: &Spanned<SocketAddr>, control: SocketAddr) -> Checked<SocketAddr> {
+    let address = listen("fabric.listen", value)?;
     if address.ip().is_unspecified() {
-        return fault("fabric.listen", &raw.listen, "must be an address that peers can dial, not a wildcard");
+        return fault("fabric.listen", value, "must be an address that peers can dial, not a wildcard");
     }
     if address == control {
-        return fault("fabric.listen", &raw.listen, format!("{address} is peers.listen already"));
+        return fault("fabric.listen", value, format!("{address} is peers.listen already"));
     }
-    Ok(Fabric::Soft { listen: address })
+    Ok(address)
+}
+
+/// The name of a device.
+fn word(key: &str, value: &Spanned<String>) -> Checked<String> {
+    let name = value.as_ref();
+    if name.is_empty() || name.contains(|c: char| c.is_whitespace() || c == '/') {
+        return fault(key, value, format!("{name:?} is no device's name"));
+    }
+    Ok(name.clone())
 }
 
 fn peer(

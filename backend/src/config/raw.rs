@@ -59,8 +59,11 @@ pub struct Peers {
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs)]
 pub struct Fabric {
-    pub kind: Spanned<String>,
-    pub listen: Spanned<SocketAddr>,
+    pub kind: Option<Spanned<String>>,
+    pub listen: Option<Spanned<SocketAddr>>,
+    pub device: Option<Spanned<String>>,
+    pub netdev: Option<Spanned<String>>,
+    pub address: Option<Spanned<IpAddr>>,
 }
 
 /// `[[peer]]`

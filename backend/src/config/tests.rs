@@ -57,6 +57,27 @@ fn a_good_file_means_what_it_says() {
 }
 
 #[test]
+fn the_fabric_may_be_chosen_by_device() {
+    let fabric = |lines: &str| {
+        let table = "kind = \"soft\"\nlisten = \"192.0.2.1:4790\"";
+        parse(&GOOD.replacen(table, lines, 1)).map(|config| config.backends.unwrap().fabric)
+    };
+    let listen = "192.0.2.1:4790".parse().unwrap();
+    let device = Device { underlay: "192.0.2.1".parse().ok(), ..Device::default() };
+    let auto = Fabric::Auto { listen, device: device.clone() };
+    assert_eq!(fabric("listen = \"192.0.2.1:4790\"").unwrap(), auto);
+    assert_eq!(fabric("kind = \"auto\"\nlisten = \"192.0.2.1:4790\"").unwrap(), auto);
+    let verbs = fabric("kind = \"verbs\"\ndevice = \"rxe0\"\nnetdev = \"eth0\"\naddress = \"192.0.2.7\"");
+    if cfg!(feature = "verbs") {
+        let (name, netdev) = (Some("rxe0".to_owned()), Some("eth0".to_owned()));
+        let wanted = Device { name, netdev, address: "192.0.2.7".parse().ok(), underlay: None };
+        assert_eq!(verbs.unwrap(), Fabric::Verbs(wanted));
+    } else {
+        assert!(verbs.unwrap_err().to_string().contains("built without verbs"));
+    }
+}
+
+#[test]
 fn a_host_may_stand_alone() {
     let config = parse("host = \"h1\"\ncontrol = \"c\"\n").unwrap();
     assert!(config.backends.is_none() && config.vports.is_empty() && config.directory.is_empty());
@@ -78,9 +99,11 @@ const BAD: &[(&str, &str, &[&str])] = &[
     ("192.0.2.1:4791", "192.0.2.1", &["h1.toml:8: peers.listen: ", "socket address"]),
     ("192.0.2.1:4791", "192.0.2.1:0", &["h1.toml:8: peers.listen: port 0"]),
     ("192.0.2.1:4791", "224.0.0.1:4791", &["h1.toml:8: peers.listen: a multicast"]),
-    ("kind = \"soft\"", "kind = \"verbs\"", &["h1.toml:10: fabric.kind: \"verbs\" is not built yet"]),
     ("kind = \"soft\"", "kind = \"smoke\"", &["h1.toml:10: fabric.kind: unknown fabric \"smoke\""]),
-    ("kind = \"soft\"\n", "", &["fabric", "missing field `kind`"]),
+    ("kind = \"soft\"", "kind = \"soft\"\ndevice = \"rxe0\"", &["fabric.kind: \"soft\" has no device"]),
+    ("kind = \"soft\"", "netdev = \"\"", &["h1.toml:10: fabric.netdev: \"\" is no device's name"]),
+    ("kind = \"soft\"", "address = \"0.0.0.0\"", &["h1.toml:10: fabric.address: not the address"]),
+    ("kind = \"soft\"\nlisten = \"192.0.2.1:4790\"", "", &["fabric: needs listen"]),
     ("192.0.2.1:4790", "0.0.0.0:4790", &["h1.toml:11: fabric.listen: ", "wildcard"]),
     ("192.0.2.1:4790", "192.0.2.1:4791", &["h1.toml:11: fabric.listen: 192.0.2.1:4791 is peers.listen"]),
     ("[fabric]\nkind = \"soft\"\nlisten = \"192.0.2.1:4790\"\n", "", &["peer: needs [fabric]"]),

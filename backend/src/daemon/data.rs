@@ -62,11 +62,15 @@ pub(super) struct Pair {
     pub domain: DomainId,
     pub vni: u32,
     pub peer: u32,
+    /// The number of the offer it came from, by which both ends speak of it.
+    pub offer: u32,
     pub up: bool,
 }
 
 pub(super) struct Data {
     pub fabric: Box<dyn Fabric>,
+    /// Why it is this one.
+    pub why: String,
     /// Dense: every pass visits all of them.
     entries: Vec<Entry>,
     by_id: HashMap<u64, usize>,
@@ -144,6 +148,7 @@ impl Data {
     pub fn new(fabric: Box<dyn Fabric>) -> Self {
         Self {
             fabric,
+            why: "given".to_owned(),
             entries: Vec::new(),
             by_id: HashMap::new(),
             by_key: HashMap::new(),

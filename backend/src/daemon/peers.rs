@@ -10,7 +10,7 @@ use vsocket_vxlan::Vni;
 
 use super::data::{Notice, Pair};
 use super::{Daemon, Source};
-use crate::fabric::Fabric;
+use crate::fabric::{Endpoint, Error, Fabric, QpId, Secret};
 use crate::flow::{Flow, Identity};
 use crate::pairing::FlowStart;
 use crate::peer::message::{PeerMessage, RegionRef};
@@ -22,6 +22,9 @@ const PING: Duration = Duration::from_millis(100);
 const SILENCE: Duration = Duration::from_millis(500);
 /// After a queue pair was lost or refused, the next is asked for not before this.
 const COOL: Duration = Duration::from_millis(500);
+
+/// After the fabrics did not match: that changes with a configuration, not by itself.
+const MISMATCH_COOL: Duration = Duration::from_secs(5);
 
 /// What a control connection reports.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,6 +55,9 @@ pub(super) struct Peers {
     pub states: Vec<Peer>,
     cooling: Vec<(Instant, u32, u32)>,
     own: String,
+    last_offer: u32,
+    /// What the fabric last complained of, so that a device which stays away is not news twice a second.
+    complaint: Option<String>,
 }
 
 impl fmt::Debug for Peers {
@@ -66,6 +72,8 @@ pub(super) struct Peer {
     pub connected: bool,
     /// It has not answered in time, and its connection is being ended: what it says is of the past.
     pub silent: bool,
+    /// The fabric it has, if that is not ours.
+    pub other_fabric: Option<&'static str>,
     watch: Option<Watch>,
     last_ping: u64,
 }
@@ -79,8 +87,16 @@ struct Watch {
 
 impl Peers {
     pub fn new(link: Box<dyn Link>, own: String, hosts: Vec<String>) -> Self {
-        let peer = |host| Peer { host, connected: false, silent: false, watch: None, last_ping: 0 };
-        Self { link, states: hosts.into_iter().map(peer).collect(), cooling: Vec::new(), own }
+        let peer = |host| Peer {
+            host,
+            connected: false,
+            silent: false,
+            other_fabric: None,
+            watch: None,
+            last_ping: 0,
+        };
+        let states = hosts.into_iter().map(peer).collect();
+        Self { link, states, cooling: Vec::new(), own, last_offer: 0, complaint: None }
     }
 
     pub fn send(&mut self, peer: u32, message: PeerMessage) {
@@ -101,6 +117,37 @@ impl Peers {
 
     fn cools(&self, peer: u32, vni: u32) -> bool {
         self.cooling.iter().any(|(_, p, v)| (*p, *v) == (peer, vni))
+    }
+
+    fn complain(&mut self, error: &Error) {
+        let mut text = error.to_string();
+        let mut cause = std::error::Error::source(error);
+        while let Some(error) = cause {
+            text = format!("{text}: {error}");
+            cause = error.source();
+        }
+        if self.complaint.as_ref() != Some(&text) {
+            tracing::warn!(error = text, "no queue pair");
+            self.complaint = Some(text);
+        }
+    }
+
+    fn set_other_fabric(&mut self, peer: u32, other: Option<&'static str>) {
+        if let Some(state) = self.states.get_mut(peer as usize) {
+            if let Some(theirs) = other.filter(|_| state.other_fabric != other) {
+                tracing::warn!(host = state.host, theirs, "the peer's fabric is not ours");
+            }
+            state.other_fabric = other;
+        }
+    }
+}
+
+/// Why connections stay on TCP when the fabric said this.
+fn decline_of(error: &Error) -> Reason {
+    match error {
+        Error::WrongKind { .. } => Reason::FabricMismatch,
+        Error::TooManyRegions | Error::Exhausted { .. } => Reason::FabricFull,
+        _ => Reason::FabricDown,
     }
 }
 
@@ -135,11 +182,15 @@ impl Daemon {
         match message {
             PeerMessage::Ping { n } => return peers.send(peer, PeerMessage::Pong { n: *n }),
             PeerMessage::Pong { .. } => return self.peer_answers(peer),
-            PeerMessage::QpOffer { vni, secret, fabric } => {
-                return self.dial(peer, *vni, *secret, *fabric);
+            PeerMessage::QpOffer { vni, offer, secret, endpoint } => {
+                return self.dial(peer, *vni, *offer, *secret, endpoint);
             }
-            PeerMessage::QpAccept { .. } => return,
-            PeerMessage::QpRefuse { vni, .. } => return self.lose_pair(peer, *vni),
+            PeerMessage::QpAccept { vni, offer, endpoint } => {
+                return self.accepted(peer, *vni, *offer, endpoint);
+            }
+            PeerMessage::QpRefuse { vni, offer, reason } => {
+                return self.lose_pair(peer, *vni, *offer, *reason);
+            }
             _ => {}
         }
         if peers.states.get(peer as usize).is_some_and(|state| state.silent) {
@@ -227,63 +278,128 @@ impl Daemon {
         if data.pair(peer, vni).is_some() || peers.dials(peer) || peers.cools(peer, vni) {
             return;
         }
-        let mut secret = [0; 32];
-        if getrandom::fill(&mut secret).is_err() {
-            return;
-        }
+        let Ok(secret) = crate::fabric::new_secret() else { return };
         let domain = data.fabric.open_domain();
         match data.fabric.expect(domain, vni, secret, Instant::now()) {
-            Ok(qp) => {
-                data.pairs.push(Pair { qp, domain, vni, peer, up: false });
-                let fabric = data.fabric.address();
-                peers.send(peer, PeerMessage::QpOffer { vni, secret, fabric });
+            Ok((qp, endpoint)) => {
+                peers.last_offer = peers.last_offer.wrapping_add(1);
+                let offer = peers.last_offer;
+                data.pairs.push(Pair { qp, domain, vni, peer, offer, up: false });
+                peers.send(peer, PeerMessage::QpOffer { vni, offer, secret, endpoint });
             }
             Err(error) => {
-                tracing::warn!(%error, "cannot expect a queue pair");
+                peers.complain(&error);
                 data.fabric.close_domain(domain);
+                self.no_pair(peer, vni, decline_of(&error));
             }
         }
     }
 
-    fn dial(&mut self, peer: u32, vni: u32, secret: [u8; 32], address: std::net::SocketAddr) {
+    fn dial(&mut self, peer: u32, vni: u32, offer: u32, secret: Secret, endpoint: &Endpoint) {
         let known = self.vports.iter().any(|v| v.config.vni == vni);
         let (Some(peers), Some(data)) = (&mut self.peers, &mut self.data) else { return };
         if !peers.dials(peer) || !known {
             self.metrics.drops.count(if known { "qp-offer-unexpected" } else { "qp-offer-vni" });
             let reason = Reason::Violation as u16;
-            return peers.send(peer, PeerMessage::QpRefuse { vni, reason });
+            return peers.send(peer, PeerMessage::QpRefuse { vni, offer, reason });
         }
         if let Some(old) = data.pair(peer, vni) {
             // Who listens has lost the old one.
-            self.pair_gone(old, Reason::FabricDown);
+            self.pair_gone(old, Reason::FabricDown, false);
         }
         let (Some(peers), Some(data)) = (&mut self.peers, &mut self.data) else { return };
         let domain = data.fabric.open_domain();
-        match data.fabric.dial(domain, vni, secret, address, Instant::now()) {
-            Ok(qp) => {
-                data.pairs.push(Pair { qp, domain, vni, peer, up: false });
-                peers.send(peer, PeerMessage::QpAccept { vni });
+        match data.fabric.dial(domain, vni, secret, endpoint, Instant::now()) {
+            Ok((qp, endpoint)) => {
+                data.pairs.push(Pair { qp, domain, vni, peer, offer, up: false });
+                peers.send(peer, PeerMessage::QpAccept { vni, offer, endpoint });
             }
             Err(error) => {
-                tracing::warn!(%error, "cannot dial a queue pair");
+                peers.complain(&error);
                 data.fabric.close_domain(domain);
-                let reason = Reason::FabricDown as u16;
-                peers.send(peer, PeerMessage::QpRefuse { vni, reason });
+                let reason = decline_of(&error);
+                if reason == Reason::FabricMismatch {
+                    self.metrics.drops.count("qp-offer-fabric");
+                    peers.set_other_fabric(peer, Some(endpoint.kind_name()));
+                }
+                peers.send(peer, PeerMessage::QpRefuse { vni, offer, reason: reason as u16 });
+                self.no_pair(peer, vni, reason);
             }
         }
     }
 
-    fn lose_pair(&mut self, peer: u32, vni: u32) {
-        if let Some(pair) = self.data.as_ref().and_then(|data| data.pair(peer, vni)) {
-            self.pair_gone(pair, Reason::FabricDown);
+    /// Our offer is being dialled.
+    fn accepted(&mut self, peer: u32, vni: u32, offer: u32, answer: &Endpoint) {
+        let Some(data) = &mut self.data else { return };
+        let Some(pair) = data.pair(peer, vni).filter(|pair| pair.offer == offer) else {
+            return self.metrics.drops.count("qp-accept-stale");
+        };
+        if let Err(error) = data.fabric.accept(pair.qp, answer) {
+            let Some(peers) = &mut self.peers else { return };
+            peers.complain(&error);
+            self.pair_gone(pair, decline_of(&error), true);
         }
     }
 
-    fn pair_gone(&mut self, pair: Pair, reason: Reason) {
+    /// The peer has no queue pair of this offer, or no more.
+    fn lose_pair(&mut self, peer: u32, vni: u32, offer: u32, reason: u16) {
+        let Some(pair) = self.data.as_ref().and_then(|data| data.pair(peer, vni)) else { return };
+        if pair.offer != offer {
+            return;
+        }
+        let reason = match Reason::from_code(reason) {
+            Some(reason @ (Reason::FabricMismatch | Reason::FabricFull)) => reason,
+            _ => Reason::FabricDown,
+        };
+        if reason == Reason::FabricMismatch {
+            self.metrics.drops.count("qp-refused-fabric");
+            if let Some(peers) = &mut self.peers {
+                peers.set_other_fabric(peer, Some("another"));
+            }
+        }
+        self.pair_gone(pair, reason, false);
+    }
+
+    /// A queue pair is to be no more, at the other end too.
+    fn pair_gone(&mut self, pair: Pair, reason: Reason, tell: bool) {
         let (Some(peers), Some(data)) = (&mut self.peers, &mut self.data) else { return };
         if data.close(pair.qp).is_some() {
-            peers.cooling.push((Instant::now() + COOL, pair.peer, pair.vni));
-            self.pairing.handle_qp_down(pair.peer, pair.vni, reason);
+            let Pair { peer, vni, offer, up, .. } = pair;
+            if tell {
+                // A device reports some failures at one end only.
+                let reason = reason as u16;
+                peers.send(peer, PeerMessage::QpRefuse { vni, offer, reason });
+            }
+            self.cool_down(peer, vni, reason);
+            match up {
+                true => self.pairing.handle_qp_down(peer, vni, reason),
+                false => self.pairing.handle_no_qp(peer, vni, reason),
+            }
+        }
+    }
+
+    fn no_pair(&mut self, peer: u32, vni: u32, reason: Reason) {
+        self.cool_down(peer, vni, reason);
+        self.pairing.handle_no_qp(peer, vni, reason);
+    }
+
+    /// There is no queue pair, and the next is not asked for at once.
+    fn cool_down(&mut self, peer: u32, vni: u32, reason: Reason) {
+        let Some(peers) = &mut self.peers else { return };
+        let cool = if reason == Reason::FabricMismatch { MISMATCH_COOL } else { COOL };
+        if !peers.cools(peer, vni) {
+            peers.cooling.push((Instant::now() + cool, peer, vni));
+        }
+    }
+
+    fn pair_up(&mut self, qp: QpId) {
+        let (Some(peers), Some(data)) = (&mut self.peers, &mut self.data) else { return };
+        if let Some(pair) = data.pairs.iter_mut().find(|p| p.qp == qp) {
+            pair.up = true;
+            let (peer, vni) = (pair.peer, pair.vni);
+            peers.complaint = None;
+            peers.set_other_fabric(peer, None);
+            self.pairing.handle_qp_up(peer, vni);
         }
     }
 
@@ -293,19 +409,12 @@ impl Daemon {
             match notice {
                 Notice::Failed { flow, reason } => self.pairing.handle_flow_failed(flow, reason),
                 Notice::Quiet { flow } => self.pairing.handle_quiet(flow),
-                Notice::QpUp(qp) => {
-                    let pairs = self.data.as_mut().map(|data| &mut data.pairs);
-                    if let Some(pair) = pairs.and_then(|pairs| pairs.iter_mut().find(|p| p.qp == qp)) {
-                        pair.up = true;
-                        let (peer, vni) = (pair.peer, pair.vni);
-                        self.pairing.handle_qp_up(peer, vni);
-                    }
-                }
+                Notice::QpUp(qp) => self.pair_up(qp),
                 Notice::QpDown(qp, reason) => {
                     let pairs = self.data.as_ref().map(|data| &data.pairs);
                     let pair = pairs.and_then(|pairs| pairs.iter().find(|p| p.qp == qp)).copied();
                     if let Some(pair) = pair {
-                        self.pair_gone(pair, reason);
+                        self.pair_gone(pair, reason, true);
                     }
                 }
             }

@@ -4,14 +4,16 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use crossbeam_channel::Receiver;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{Daemon, Link, LinkEvent, Overlay};
-use crate::config::{Config, Fabric};
+use crate::config::{self, Config};
 use crate::fabric::soft::{Options, Soft};
+use crate::fabric::{self, Fabric};
 use crate::peer::message::{HostName, PeerMessage};
 use crate::peer::{self, PeerEvent, PeerHandle, Peers};
 
@@ -115,6 +117,62 @@ fn raise_descriptors() {
     }
 }
 
+/// The fabric that the configuration means, and why it is that one.
+fn choose(config: &config::Fabric) -> Result<(Box<dyn Fabric>, String), fabric::Error> {
+    let soft = |listen: &SocketAddr| Soft::new(*listen, Options::default()).map(Box::new);
+    Ok(match config {
+        config::Fabric::Soft { listen } => (soft(listen)?, "configured".to_owned()),
+        config::Fabric::Verbs(device) => (verbs(device)?, "configured".to_owned()),
+        config::Fabric::Auto { listen, device } => match open_verbs(device) {
+            Ok(verbs) => (verbs, "auto: there is a usable RDMA device".to_owned()),
+            Err(why) => (soft(listen)?, format!("auto: {why}")),
+        },
+    })
+}
+
+#[cfg(feature = "verbs")]
+fn wanted(device: &config::Device) -> fabric::verbs::select::Wanted {
+    let config::Device { name, netdev, address, underlay } = device.clone();
+    fabric::verbs::select::Wanted { device: name, netdev, address, underlay }
+}
+
+#[cfg(feature = "verbs")]
+fn verbs(device: &config::Device) -> Result<Box<dyn Fabric>, fabric::Error> {
+    raise_memory();
+    Ok(Box::new(fabric::verbs::Verbs::new(wanted(device))?))
+}
+
+#[cfg(feature = "verbs")]
+fn open_verbs(device: &config::Device) -> Result<Box<dyn Fabric>, String> {
+    raise_memory();
+    match fabric::verbs::Verbs::open(wanted(device)) {
+        Ok(verbs) => Ok(Box::new(verbs)),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// A device's memory stays where it is, which counts against a limit that is often tiny.
+#[cfg(feature = "verbs")]
+fn raise_memory() {
+    let none = Rlimit { current: None, maximum: None };
+    if setrlimit(Resource::Memlock, none).is_err() {
+        let limit = getrlimit(Resource::Memlock);
+        if let Err(error) = setrlimit(Resource::Memlock, Rlimit { current: limit.maximum, ..limit }) {
+            tracing::warn!(%error, "cannot raise the limit of locked memory");
+        }
+    }
+}
+
+#[cfg(not(feature = "verbs"))]
+fn verbs(_device: &config::Device) -> Result<Box<dyn Fabric>, fabric::Error> {
+    Err(fabric::Error::NoDevice("this vsocketd is built without verbs".to_owned()))
+}
+
+#[cfg(not(feature = "verbs"))]
+fn open_verbs(_device: &config::Device) -> Result<Box<dyn Fabric>, String> {
+    Err("this vsocketd is built without verbs".to_owned())
+}
+
 impl Daemon {
     /// A daemon that meets the other backends of its configuration.
     ///
@@ -125,8 +183,8 @@ impl Daemon {
         let (backends, host) = (config.backends.clone(), config.host.clone());
         let mut daemon = Self::new(config)?;
         if let Some(backends) = backends {
-            let Fabric::Soft { listen } = backends.fabric;
-            let fabric = Soft::new(listen, Options::default())?;
+            let (fabric, why) = choose(&backends.fabric)?;
+            tracing::info!(fabric = fabric.kind().name(), why, "fabric");
             let waker = daemon.waker();
             let wake = move || {
                 // Without a loop there is nobody to wake.
@@ -134,12 +192,15 @@ impl Daemon {
             };
             let (peers, events) = Peers::start(&backends, &host, daemon.boot, wake)?;
             let vteps = backends.peers.iter().map(|p| p.vtep).collect();
-            daemon.overlay = Overlay { own: Some(listen.ip()), peers: vteps };
+            daemon.overlay = Overlay { own: backends.fabric.underlay(), peers: vteps };
             let hosts: Vec<_> = backends.peers.iter().map(|p| p.host.clone()).collect();
             let numbers = hosts.iter().enumerate().map(|(n, host)| (host.clone(), n as u32)).collect();
             let names = hosts.iter().map(HostName::to_string).collect();
             let link = Control { handle: peers.handle(), _peers: peers, events, hosts, numbers };
-            daemon.join(Box::new(fabric), Box::new(link), names).map_err(Error::System)?;
+            daemon.join(fabric, Box::new(link), names).map_err(Error::System)?;
+            if let Some(data) = &mut daemon.data {
+                data.why = why;
+            }
         }
         Ok(daemon)
     }

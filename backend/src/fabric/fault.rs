@@ -5,13 +5,12 @@
 
 #![forbid(unsafe_code)]
 
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
 use super::{
-    Access, DomainId, Error, Event, Fabric, LocalRange, MemoryKey, PostError, QpId, Region, RemoteAddress,
-    Secret, Signal, WorkId,
+    Access, DomainId, Endpoint, Error, Event, Fabric, Facts, Kind, LocalRange, MemoryKey, PostError, QpId,
+    Region, RemoteAddress, Secret, Signal, WorkId,
 };
 
 /// How often, in 1024ths of the occasions.
@@ -71,8 +70,12 @@ impl<F: Fabric> AsFd for Faulty<F> {
 }
 
 impl<F: Fabric> Fabric for Faulty<F> {
-    fn address(&self) -> SocketAddr {
-        self.inner.address()
+    fn kind(&self) -> Kind {
+        self.inner.kind()
+    }
+
+    fn facts(&self) -> Facts {
+        self.inner.facts()
     }
 
     fn open_domain(&mut self) -> DomainId {
@@ -91,7 +94,13 @@ impl<F: Fabric> Fabric for Faulty<F> {
         self.inner.deregister(key)
     }
 
-    fn expect(&mut self, domain: DomainId, vni: u32, secret: Secret, now: Instant) -> Result<QpId, Error> {
+    fn expect(
+        &mut self,
+        domain: DomainId,
+        vni: u32,
+        secret: Secret,
+        now: Instant,
+    ) -> Result<(QpId, Endpoint), Error> {
         self.inner.expect(domain, vni, secret, now)
     }
 
@@ -100,10 +109,14 @@ impl<F: Fabric> Fabric for Faulty<F> {
         domain: DomainId,
         vni: u32,
         secret: Secret,
-        address: SocketAddr,
+        offer: &Endpoint,
         now: Instant,
-    ) -> Result<QpId, Error> {
-        self.inner.dial(domain, vni, secret, address, now)
+    ) -> Result<(QpId, Endpoint), Error> {
+        self.inner.dial(domain, vni, secret, offer, now)
+    }
+
+    fn accept(&mut self, qp: QpId, answer: &Endpoint) -> Result<(), Error> {
+        self.inner.accept(qp, answer)
     }
 
     fn close(&mut self, qp: QpId) {
@@ -172,8 +185,8 @@ mod tests {
         let mut a = Faulty::new(a, plan, seed);
         let (here, there) = (a.open_domain(), b.open_domain());
         let now = Instant::now();
-        b.expect(there, 1, [1; 32], now).unwrap();
-        let qp = a.dial(here, 1, [1; 32], b.address(), now).unwrap();
+        let (_, offer) = b.expect(there, 1, [1; 32], now).unwrap();
+        let (qp, _) = a.dial(here, 1, [1; 32], &offer, now).unwrap();
         let (mut next, mut arrived, mut room, mut end) = (0_u64, 0, true, None);
         while arrived < count && end.is_none() {
             while room && next < count {

@@ -6,7 +6,6 @@
 #![forbid(unsafe_code)]
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,8 +14,8 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::registry::Registry;
 use super::{
-    Access, Disconnect, DomainId, Error, Event, Fabric, Fault, LocalRange, MAX_GATHER, MAX_SEND, MAX_WRITE,
-    MemoryKey, PostError, QpId, Region, RemoteAddress, Secret, Signal, Status, WorkId,
+    Access, Disconnect, DomainId, Endpoint, Error, Event, Fabric, Facts, Fault, Kind, LocalRange, MAX_GATHER,
+    MAX_SEND, MAX_WRITE, MemoryKey, PostError, QpId, Region, RemoteAddress, Secret, Signal, Status, WorkId,
 };
 
 /// Work requests waiting at one queue pair.
@@ -211,8 +210,13 @@ impl AsFd for Loopback {
 }
 
 impl Fabric for Loopback {
-    fn address(&self) -> SocketAddr {
-        SocketAddr::from(([127, 0, 0, 1], 1 + self.own as u16))
+    fn kind(&self) -> Kind {
+        Kind::Memory
+    }
+
+    fn facts(&self) -> Facts {
+        let side = &self.lock()[self.own];
+        Facts { queue_pairs: side.qps.len(), regions: side.registry.len(), ..Facts::default() }
     }
 
     fn open_domain(&mut self) -> DomainId {
@@ -250,7 +254,13 @@ impl Fabric for Loopback {
         self.lock()[own].registry.deregister(key)
     }
 
-    fn expect(&mut self, domain: DomainId, vni: u32, secret: Secret, now: Instant) -> Result<QpId, Error> {
+    fn expect(
+        &mut self,
+        domain: DomainId,
+        vni: u32,
+        secret: Secret,
+        now: Instant,
+    ) -> Result<(QpId, Endpoint), Error> {
         let own = self.own;
         let side = &mut self.lock()[own];
         if !side.spent.insert(secret) {
@@ -258,7 +268,7 @@ impl Fabric for Loopback {
         }
         let id = side.add(domain, None, Some(now + SETUP))?;
         side.expected.push((secret, vni, id));
-        Ok(id)
+        Ok((id, Endpoint::new(Kind::Memory, &[])))
     }
 
     fn dial(
@@ -266,9 +276,12 @@ impl Fabric for Loopback {
         domain: DomainId,
         vni: u32,
         secret: Secret,
-        _address: SocketAddr,
+        offer: &Endpoint,
         now: Instant,
-    ) -> Result<QpId, Error> {
+    ) -> Result<(QpId, Endpoint), Error> {
+        if offer.kind() != Some(Kind::Memory) {
+            return Err(Error::WrongKind { theirs: offer.kind_name(), ours: Kind::Memory.name() });
+        }
         let own = self.own;
         let mut hub = self.lock();
         let (here, there) = both(&mut hub, own);
@@ -276,7 +289,7 @@ impl Fabric for Loopback {
         let found = there.expected.iter().position(|&(other, for_vni, _)| other == secret && for_vni == vni);
         let Some(at) = found else {
             here.end(id, Disconnect::Rejected);
-            return Ok(id);
+            return Ok((id, *offer));
         };
         let (.., peer) = there.expected.swap_remove(at);
         for (side, id, peer) in [(here, id, peer), (there, peer, id)] {
@@ -285,7 +298,12 @@ impl Fabric for Loopback {
                 side.tell(Item::Connected(id));
             }
         }
-        Ok(id)
+        Ok((id, *offer))
+    }
+
+    /// Dialling has joined both ends already.
+    fn accept(&mut self, _qp: QpId, _answer: &Endpoint) -> Result<(), Error> {
+        Ok(())
     }
 
     fn close(&mut self, qp: QpId) {

@@ -65,6 +65,12 @@ impl Region {
         offset.checked_add(len).is_some_and(|end| end <= self.len)
     }
 
+    /// Where the region begins, for registration with a device. Dereferencing it is up to the region's own methods.
+    #[cfg(feature = "verbs")]
+    pub(super) fn pointer(&self) -> NonNull<u8> {
+        self.base
+    }
+
     /// Copies private bytes in. False, and nothing copied, if they do not fit.
     #[must_use]
     pub fn copy_in(&self, offset: usize, bytes: &[u8]) -> bool {

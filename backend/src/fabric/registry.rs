@@ -48,6 +48,16 @@ impl Registry {
         Ok(MemoryKey { lkey: tag, rkey: tag, base: base(tag) })
     }
 
+    /// How many regions there are.
+    pub fn len(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Takes a region out.
     pub fn deregister(&mut self, key: MemoryKey) -> Result<(), Error> {
         self.entry(key.lkey).ok_or(Error::UnknownKey)?;

@@ -33,8 +33,8 @@ use self::mpa::Binding;
 use self::qp::{Outcome, Phase, Qp};
 use super::registry::Registry;
 use super::{
-    Access, Disconnect, DomainId, Error, Event, Fabric, LocalRange, MemoryKey, PostError, QpId, Refusal,
-    Region, RemoteAddress, Secret, Signal, Status, WorkId,
+    Access, Disconnect, DomainId, Endpoint, Error, Event, Fabric, Facts, Kind, LocalRange, MemoryKey,
+    PostError, QpId, Refusal, Region, RemoteAddress, Secret, Signal, Status, WorkId,
 };
 
 pub mod ddp;
@@ -111,7 +111,7 @@ struct Seen {
 }
 
 impl Soft {
-    /// Listens at `address`; with port 0 the system chooses one, which [`Fabric::address`] tells.
+    /// Listens at `address`; with port 0 the system chooses one, which [`Soft::address`] tells.
     pub fn new(address: SocketAddr, options: Options) -> Result<Self, Error> {
         let listen = |source| Error::Listen { address, source };
         let mut listener = TcpListener::bind(address).map_err(listen)?;
@@ -137,6 +137,11 @@ impl Soft {
             dirty: Vec::new(),
             refused: [0; Refusal::ALL.len()],
         })
+    }
+
+    /// Where peers dial this fabric.
+    pub fn address(&self) -> SocketAddr {
+        self.address
     }
 
     /// How many strangers were turned away for this reason.
@@ -315,8 +320,13 @@ impl AsFd for Soft {
 }
 
 impl Fabric for Soft {
-    fn address(&self) -> SocketAddr {
-        self.address
+    fn kind(&self) -> Kind {
+        Kind::Soft
+    }
+
+    fn facts(&self) -> Facts {
+        let queue_pairs = self.slots.iter().filter(|slot| slot.qp.is_some()).count();
+        Facts { queue_pairs, regions: self.registry.len(), ..Facts::default() }
     }
 
     fn open_domain(&mut self) -> DomainId {
@@ -347,13 +357,20 @@ impl Fabric for Soft {
         self.registry.deregister(key)
     }
 
-    fn expect(&mut self, domain: DomainId, vni: u32, secret: Secret, now: Instant) -> Result<QpId, Error> {
+    fn expect(
+        &mut self,
+        domain: DomainId,
+        vni: u32,
+        secret: Secret,
+        now: Instant,
+    ) -> Result<(QpId, Endpoint), Error> {
         let index = self.insert(domain, Phase::Expected, now)?;
         if !self.ledger.expect(secret, vni, index) {
             self.remove(index);
             return Err(Error::ReusedSecret);
         }
-        Ok(self.slots[index].qp.as_ref().map(|qp| qp.id).expect("just inserted"))
+        let id = self.slots[index].qp.as_ref().map(|qp| qp.id).expect("just inserted");
+        Ok((id, Endpoint::of_address(self.address)))
     }
 
     fn dial(
@@ -361,9 +378,13 @@ impl Fabric for Soft {
         domain: DomainId,
         vni: u32,
         secret: Secret,
-        address: SocketAddr,
+        offer: &Endpoint,
         now: Instant,
-    ) -> Result<QpId, Error> {
+    ) -> Result<(QpId, Endpoint), Error> {
+        if offer.kind() != Some(Kind::Soft) {
+            return Err(Error::WrongKind { theirs: offer.kind_name(), ours: Kind::Soft.name() });
+        }
+        let address = offer.address().ok_or(Error::BadEndpoint("no socket address"))?;
         let dial = |source| Error::Dial { address, source };
         let index = self.insert(domain, Phase::Connecting(Binding { vni, secret }), now)?;
         let attached = TcpStream::connect(address).and_then(|stream| {
@@ -374,7 +395,13 @@ impl Fabric for Soft {
             self.remove(index);
             return Err(dial(error));
         }
-        Ok(self.slots[index].qp.as_ref().map(|qp| qp.id).expect("just inserted"))
+        let id = self.slots[index].qp.as_ref().map(|qp| qp.id).expect("just inserted");
+        Ok((id, Endpoint::of_address(self.address)))
+    }
+
+    /// TCP itself brings the dialler: nothing is left to do.
+    fn accept(&mut self, _qp: QpId, _answer: &Endpoint) -> Result<(), Error> {
+        Ok(())
     }
 
     fn close(&mut self, qp: QpId) {

@@ -38,6 +38,7 @@ impl Pairing {
             }
         }
         self.qps.retain(|(p, _)| *p != peer);
+        self.no_qp.retain(|(p, _), _| *p != peer);
         self.quiet_all(peer, None, reason);
         self.retry_peer(peer);
     }
@@ -45,6 +46,7 @@ impl Pairing {
     /// A queue pair works.
     pub fn handle_qp_up(&mut self, peer: u32, vni: u32) {
         self.qps.insert((peer, vni));
+        self.no_qp.remove(&(peer, vni));
         let waits = |stay: &Stay| match stay.parties {
             [Party::Guest(_), Party::Host(host)] => {
                 host.peer == peer && matches!(host.phase, HostPhase::Waiting(_))
@@ -56,6 +58,12 @@ impl Pairing {
             self.advance(stay);
         }
         self.retry_peer(peer);
+    }
+
+    /// A queue pair did not come to be: who waits for it is told why, and goes on waiting.
+    pub fn handle_no_qp(&mut self, peer: u32, vni: u32, reason: Reason) {
+        self.no_qp.insert((peer, vni), reason);
+        self.handle_qp_down(peer, vni, reason);
     }
 
     /// A queue pair is gone: what it carried is withdrawn, and nobody writes through it any more.
@@ -132,6 +140,9 @@ impl Pairing {
         let Some(offer) = offer else { return self.decline(id, Reason::PeerNotOpen) };
         if !self.qps.contains(&(peer, vni)) {
             self.effects.push_back(Effect::NeedQp { peer, vni });
+            if let Some(reason) = self.no_qp.get(&(peer, vni)).copied() {
+                self.decline(id, reason);
+            }
         } else if leads(tuple) {
             self.lead(id, offer, segments);
         }

@@ -18,10 +18,10 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str;
 
-use crate::fabric::Secret;
+use crate::fabric::{Endpoint, Secret};
 
 /// The version of every message.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Length, type, version.
 pub const HEADER_LEN: usize = 8;
@@ -88,12 +88,12 @@ pub enum PeerMessage {
     Ping { n: u64 },
     /// The answer to `Ping { n }`.
     Pong { n: u64 },
-    /// Dial a queue pair for this VNI to `fabric` and present the secret.
-    QpOffer { vni: u32, secret: Secret, fabric: SocketAddr },
-    /// The offer is being dialled.
-    QpAccept { vni: u32 },
-    /// The offer is not wanted.
-    QpRefuse { vni: u32, reason: u16 },
+    /// Dial a queue pair for this VNI to this endpoint and present the secret. The number is the offer's own.
+    QpOffer { vni: u32, offer: u32, secret: Secret, endpoint: Endpoint },
+    /// The offer of that number is being dialled, from this endpoint.
+    QpAccept { vni: u32, offer: u32, endpoint: Endpoint },
+    /// The offer of that number is not wanted, or its queue pair is lost. Said by either end.
+    QpRefuse { vni: u32, offer: u32, reason: u16 },
     /// My vport has opened this tuple; `local` and `remote` as it sees them.
     Offer { flow: u64, vni: u32, local: SocketAddr, remote: SocketAddr, mac: [u8; 6], min_gen: u32 },
     /// The offer stands no longer.
@@ -171,9 +171,9 @@ const TYPES: [(u16, &str, usize); 14] = [
     (1, "hello", Hello::LEN),
     (2, "ping", 8),
     (3, "pong", 8),
-    (4, "qp_offer", 4 + 32 + ADDRESS_LEN),
-    (5, "qp_accept", 4),
-    (6, "qp_refuse", 6),
+    (4, "qp_offer", 8 + 32 + Endpoint::LEN),
+    (5, "qp_accept", 8 + Endpoint::LEN),
+    (6, "qp_refuse", 10),
     (7, "offer", 8 + 4 + 2 * ADDRESS_LEN + 6 + 4),
     (8, "revoke", 10),
     (9, "prepare", 20 + REGION_LEN),
@@ -227,9 +227,11 @@ impl PeerMessage {
         match self {
             Self::Hello { host, boot_id } => w.host(host).u64(*boot_id),
             Self::Ping { n } | Self::Pong { n } => w.u64(*n),
-            Self::QpOffer { vni, secret, fabric } => w.u32(*vni).bytes(secret).address(fabric),
-            Self::QpAccept { vni } => w.u32(*vni),
-            Self::QpRefuse { vni, reason } => w.u32(*vni).u16(*reason),
+            Self::QpOffer { vni, offer, secret, endpoint } => {
+                w.u32(*vni).u32(*offer).bytes(secret).bytes(&endpoint.emit())
+            }
+            Self::QpAccept { vni, offer, endpoint } => w.u32(*vni).u32(*offer).bytes(&endpoint.emit()),
+            Self::QpRefuse { vni, offer, reason } => w.u32(*vni).u32(*offer).u16(*reason),
             Self::Offer { flow, vni, local, remote, mac, min_gen } => {
                 w.u64(*flow).u32(*vni).address(local).address(remote).bytes(mac).u32(*min_gen)
             }
@@ -279,9 +281,9 @@ fn decode_body(kind: u16, r: &mut Reader<'_>) -> Result<PeerMessage, BadField> {
         1 => M::Hello { host: r.host()?, boot_id: r.u64() },
         2 => M::Ping { n: r.u64() },
         3 => M::Pong { n: r.u64() },
-        4 => M::QpOffer { vni: r.vni()?, secret: r.array(), fabric: r.address("fabric")? },
-        5 => M::QpAccept { vni: r.vni()? },
-        6 => M::QpRefuse { vni: r.vni()?, reason: r.u16() },
+        4 => M::QpOffer { vni: r.vni()?, offer: r.u32(), secret: r.array(), endpoint: r.endpoint() },
+        5 => M::QpAccept { vni: r.vni()?, offer: r.u32(), endpoint: r.endpoint() },
+        6 => M::QpRefuse { vni: r.vni()?, offer: r.u32(), reason: r.u16() },
         7 => M::Offer {
             flow: r.u64(),
             vni: r.vni()?,
@@ -395,6 +397,10 @@ impl Reader<'_> {
         if port == 0 { Err(BadField(name)) } else { Ok(SocketAddr::new(ip, port)) }
     }
 
+    fn endpoint(&mut self) -> Endpoint {
+        Endpoint::parse(&self.array())
+    }
+
     fn region(&mut self) -> Result<RegionRef, BadField> {
         let region = RegionRef { stag: self.u32(), base: self.u64(), len: self.u64() };
         if region.base.checked_add(region.len).is_some() { Ok(region) } else { Err(BadField("rx")) }
@@ -422,9 +428,9 @@ mod tests {
             M::Hello { host: HostName::new("h1").unwrap(), boot_id: 77 },
             M::Ping { n: 5 },
             M::Pong { n: 5 },
-            M::QpOffer { vni: 100, secret: [9; 32], fabric: v4 },
-            M::QpAccept { vni: 100 },
-            M::QpRefuse { vni: 100, reason },
+            M::QpOffer { vni: 100, offer: 1, secret: [9; 32], endpoint: Endpoint::of_address(v4) },
+            M::QpAccept { vni: 100, offer: 1, endpoint: Endpoint::of_address(v6) },
+            M::QpRefuse { vni: 100, offer: 1, reason },
             M::Offer { flow, vni: 100, local: v4, remote: v6, mac: [2, 0, 0, 0x64, 0, 1], min_gen: 2 },
             M::Revoke { flow, reason },
             M::Prepare { flow, peer_flow, generation, rx },
@@ -470,7 +476,7 @@ mod tests {
         assert_eq!(with(0, &[1, 0, 0, 0]), MessageError::Oversized { length: 1 << 24 });
         assert_eq!(with(4, &[0, 0]), MessageError::UnknownType { kind: 0 });
         assert_eq!(with(4, &[0, 99]), MessageError::UnknownType { kind: 99 });
-        assert_eq!(with(6, &[0, 2]), MessageError::WrongVersion { version: 2 });
+        assert_eq!(with(6, &[0, 1]), MessageError::WrongVersion { version: 1 });
     }
 
     #[test]
@@ -488,7 +494,6 @@ mod tests {
         assert_eq!(bad(0, 1, b'/'), "host");
         assert_eq!(bad(0, 40, b'x'), "host");
         assert_eq!(bad(3, 0, 1), "vni");
-        assert_eq!(bad(3, 36, 5), "fabric");
         assert_eq!(bad(6, 12, 0), "local");
         let mut wraps = encoded(&one_of_each()[8]);
         wraps[HEADER_LEN + 24..HEADER_LEN + 40].fill(0xff);

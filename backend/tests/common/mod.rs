@@ -14,9 +14,10 @@ use std::time::{Duration, Instant};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send};
 use vsocket_backend::carrier::connect_to;
-use vsocket_backend::config::{Backends, Config, Fabric, Mac, Peer, Tls, Vport};
+use vsocket_backend::config::{self, Backends, Config, Mac, Peer, Tls, Vport};
 use vsocket_backend::daemon::{Daemon, Link, LinkEvent, Stop};
 use vsocket_backend::directory::{Directory, Place};
+use vsocket_backend::fabric::Fabric;
 use vsocket_backend::fabric::soft::{Options, Soft};
 use vsocket_backend::operator::ask;
 use vsocket_backend::peer::message::{HostName, PeerMessage};
@@ -352,8 +353,13 @@ impl Link for Wire {
     }
 }
 
-/// Joins two daemons over the soft fabric on loopback.
-pub fn join(a: &mut Daemon, b: &mut Daemon, hosts: [&str; 2]) -> Switch {
+/// The soft fabric on loopback.
+pub fn soft() -> Box<dyn Fabric> {
+    Box::new(Soft::new("127.0.0.1:0".parse().unwrap(), Options::default()).unwrap())
+}
+
+/// Joins two daemons over these fabrics.
+pub fn join(a: &mut Daemon, b: &mut Daemon, hosts: [&str; 2], fabrics: [Box<dyn Fabric>; 2]) -> Switch {
     let (to_a, inbox_a) = crossbeam_channel::unbounded();
     let (to_b, inbox_b) = crossbeam_channel::unbounded();
     let frozen = Arc::new(AtomicBool::new(false));
@@ -374,9 +380,9 @@ pub fn join(a: &mut Daemon, b: &mut Daemon, hosts: [&str; 2]) -> Switch {
         far: to_a.clone(),
         frozen: frozen.clone(),
     };
-    let soft = || Box::new(Soft::new("127.0.0.1:0".parse().unwrap(), Options::default()).unwrap());
-    a.join(soft(), Box::new(wire_a), vec![hosts[1].to_owned()]).unwrap();
-    b.join(soft(), Box::new(wire_b), vec![hosts[0].to_owned()]).unwrap();
+    let [fabric_a, fabric_b] = fabrics;
+    a.join(fabric_a, Box::new(wire_a), vec![hosts[1].to_owned()]).unwrap();
+    b.join(fabric_b, Box::new(wire_b), vec![hosts[0].to_owned()]).unwrap();
     to_a.send(LinkEvent::Up(0)).unwrap();
     to_b.send(LinkEvent::Up(0)).unwrap();
     waker_a.wake().unwrap();
@@ -386,11 +392,11 @@ pub fn join(a: &mut Daemon, b: &mut Daemon, hosts: [&str; 2]) -> Switch {
 
 /// Two hosts with a guest each in VNI 100 and in VNI 200, where addresses coincide.
 pub fn two_hosts(dir: &Dir) -> (Running, Running, Switch) {
-    two_hosts_with(dir, RING)
+    two_hosts_with(dir, RING, [soft(), soft()])
 }
 
-/// The same with rings of this length.
-pub fn two_hosts_with(dir: &Dir, ring: u32) -> (Running, Running, Switch) {
+/// The same with rings of this length and these fabrics.
+pub fn two_hosts_with(dir: &Dir, ring: u32, fabrics: [Box<dyn Fabric>; 2]) -> (Running, Running, Switch) {
     let mut configs = [
         config(dir, "h1", vec![vport(dir, "a", 100, "198.51.100.1"), vport(dir, "e", 200, "198.51.100.3")]),
         config(dir, "h2", vec![vport(dir, "c", 100, "198.51.100.3"), vport(dir, "d", 200, "198.51.100.1")]),
@@ -408,13 +414,13 @@ pub fn two_hosts_with(dir: &Dir, ring: u32) -> (Running, Running, Switch) {
         config.backends = Some(Backends {
             tls: Tls { ca: PathBuf::new(), cert: PathBuf::new(), key: PathBuf::new() },
             listen: address,
-            fabric: Fabric::Soft { listen: address },
+            fabric: config::Fabric::Soft { listen: address },
             peers: vec![Peer { host, vtep: "127.0.0.1".parse().unwrap(), control: address }],
         });
     }
     let controls = configs.each_ref().map(|c| c.control.clone());
     let [mut a, mut b] = configs.map(|c| Daemon::new(c).unwrap());
-    let switch = join(&mut a, &mut b, ["h1", "h2"]);
+    let switch = join(&mut a, &mut b, ["h1", "h2"], fabrics);
     let [control_a, control_b] = controls;
     (Running::start(a, control_a), Running::start(b, control_b), switch)
 }

@@ -67,6 +67,8 @@ fn code(fault: Fault) -> (u8, u8, u8) {
         Fault::WrongDomain => (1, 1, 2),
         Fault::Wrap => (1, 1, 3),
         Fault::AccessRights => (0, 1, 2),
+        // Never ours; the protection class of errors without a cause of its own.
+        Fault::Refused => (0, 1, 0xff),
         Fault::Other { layer, kind, code } => (layer, kind, code),
     }
 }
