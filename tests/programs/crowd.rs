@@ -6,7 +6,7 @@
 //!                      then asks each of them once more
 //! ```
 //!
-//! A message is 17,000 bytes, more than a connection has to move to be opened, and its answer is the last 64 of them. It
+//! A message is 264,000 bytes, more than a connection has to move to be opened, and its answer is the last 64 of them. It
 //! knows nothing of vsocket.
 
 use std::collections::HashMap;
@@ -18,7 +18,7 @@ use mio::net::TcpListener;
 use mio::{Events, Interest, Poll, Token};
 
 const USAGE: &str = "usage: crowd serve ADDR | crowd hold ADDR N";
-const MESSAGE: usize = 17_000;
+const MESSAGE: usize = 264_000;
 const ANSWER: usize = 64;
 /// The listener's token; those of connections come after it.
 const LISTENER: Token = Token(0);
