@@ -2,7 +2,7 @@
 //!
 //! The trait says what libibverbs, and user space over TCP, can both do well, and nothing that only one of them can:
 //! no immediate data, no shared receive queues, no atomics, no RDMA READ. A user that is correct on
-//! [`loopback`] and [`soft`] is correct on an RNIC.
+//! [`loopback`] and [`soft`] is correct on an RNIC, which `verbs` drives.
 //!
 //! # Contract
 //!

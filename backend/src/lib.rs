@@ -8,7 +8,7 @@
 //! |---|---|
 //! | [`config`] | what the operator wrote, checked, with file, line and key in each error |
 //! | [`directory`] | (VNI, inner address) → host and MAC |
-//! | [`fabric`] | moving bytes between hosts in verbs semantics: [`fabric::soft`], [`fabric::loopback`] |
+//! | [`fabric`] | moving bytes between hosts in verbs semantics: `fabric::verbs`, [`fabric::soft`], [`fabric::loopback`] |
 //! | [`peer`] | the authenticated control connection between two backends |
 //! | [`certs`] | a lab's certificate authority |
 //! | [`carrier`], [`vport`] | control messages to and from a guest's agent, and its attachment |
