@@ -20,8 +20,8 @@ TARGET = Path(os.environ.get("CARGO_TARGET_DIR") or Path(__file__).resolve().par
 ADDRESS = {"a": "198.51.100.1", "b": "198.51.100.2", "c": "198.51.100.3"}
 HOST = {"a": "h1", "b": "h1", "c": "h2"}
 MIB = 1 << 20
-# What passes in emulation. With 1000 over verbs, all are on the lane, but after some 200 messages more the full ring of
-# one connection is never given back: open.
+# What an emulated machine opens in some seconds. Open: over verbs, a connection whose ring is full is now and then not
+# given it back while the machine is busy with hundreds of lanes; then this scenario fails, more often with more of them.
 CONNECTIONS = int(os.environ.get("VMLAB_CONNECTIONS", "300"))
 
 
