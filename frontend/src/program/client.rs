@@ -34,6 +34,13 @@ pub struct SlabEntry {
     far: Arc<Vec<OwnedFd>>,
 }
 
+impl SlabEntry {
+    /// A mapping with the doorbells of this side, and of the far side.
+    pub fn new(slab: Arc<Slab>, own: Vec<OwnedFd>, far: Vec<OwnedFd>) -> Self {
+        Self { slab, own, far: Arc::new(far) }
+    }
+}
+
 struct Client {
     carrier: Option<Carrier>,
     shared: Option<Arc<Shared>>,
@@ -458,7 +465,7 @@ impl Client {
         let slab = Arc::new(Slab::map(&memory, segment.slab, segment.geometry).ok()?);
         let mut bells = bells.into_iter().map(lift);
         let own = bells.by_ref().take(BELLS).collect();
-        let entry = Arc::new(SlabEntry { slab, own, far: Arc::new(bells.collect()) });
+        let entry = Arc::new(SlabEntry::new(slab, own, bells.collect()));
         self.slabs.insert(id, entry.clone());
         Some(entry)
     }

@@ -19,14 +19,17 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
+use vsocket_channel::Side;
+use vsocket_channel::layout::Bell;
 
 /// Kernel readiness is looked at in a busy set at least this often.
 const KERNEL_TURN: Duration = Duration::from_micros(50);
-/// Upper half of our tokens; the lower half is a descriptor number, or `NO_FD`.
+/// Upper half of our tokens; the lower half is a descriptor number, or one of those below.
 const TOKEN: u64 = 0xd35a_9e1c_0000_0000;
 const TOKEN_MASK: u64 = 0xffff_ffff_0000_0000;
-const NO_FD: u64 = 0xffff_ffff;
+const KICK: u64 = 0xffff_ffff;
 const CONTROL: u64 = 0xffff_fffe;
+const BELL: u64 = 0xffff_fffd;
 const NOWHERE: u32 = u32::MAX;
 
 /// The real wait on a set.
@@ -58,8 +61,17 @@ struct Inner {
     hot: Vec<Hot>,
     /// Where a descriptor stands in `hot`, by its number; `NOWHERE` if it does not.
     index: Vec<u32>,
-    slabs: Vec<Arc<SlabEntry>>,
+    slabs: Vec<Heard>,
     next: usize,
+    /// Threads between their announcement and their waking.
+    sleepers: u32,
+}
+
+/// A slab whose doorbells the set hears.
+struct Heard {
+    entry: Arc<SlabEntry>,
+    /// On which side of it, or both, the set's connections are.
+    sides: [bool; 2],
 }
 
 /// One epoll set.
@@ -173,6 +185,27 @@ impl Inner {
         (at != NOWHERE).then_some(at as usize)
     }
 
+    /// Announces on every slab's bell that a thread is about to sleep.
+    fn announce(&self, bell: usize) {
+        self.each_bell(bell, Bell::announce);
+    }
+
+    /// A thread sleeps no more. The announcement stands while another does, or may, on the same bells.
+    fn awake(&mut self, bell: usize) {
+        self.sleepers -= 1;
+        if self.sleepers == 0 && wait::is_alone(bell) {
+            self.each_bell(bell, |bell| bell.awake(true));
+        }
+    }
+
+    fn each_bell(&self, bell: usize, f: impl Fn(&Bell)) {
+        for Heard { entry, sides } in &self.slabs {
+            for side in [Side::Zero, Side::One].into_iter().filter(|side| sides[side.index()]) {
+                f(&entry.slab.bells(side)[bell]);
+            }
+        }
+    }
+
     fn place(&mut self, fd: i32, at: u32) {
         let fd = fd as usize;
         if self.index.len() <= fd {
@@ -235,7 +268,7 @@ impl EpollSet {
         if let Some(control) = client::control() {
             self.ours.store(true, Ordering::Release);
             wait::watch(self.as_fd(), control, TOKEN | CONTROL);
-            wait::watch_kick(self.as_fd(), TOKEN | NO_FD);
+            wait::watch_kick(self.as_fd(), TOKEN | KICK);
         }
     }
 
@@ -287,14 +320,22 @@ impl EpollSet {
     fn hear(&self, inner: &mut Inner, conn: &ConnRef) {
         let (Some(bound), Some(entry)) = (conn.bound(), conn.slab()) else { return };
         bound.header().waiters[bound.side.index()].mask.fetch_or(1 << self.bell, Ordering::Relaxed);
-        if inner.slabs.iter().any(|s| Arc::ptr_eq(s, &entry)) {
+        if let Some(heard) = inner.slabs.iter_mut().find(|heard| Arc::ptr_eq(&heard.entry, &entry)) {
+            heard.sides[bound.side.index()] = true;
             return;
         }
-        inner.slabs.retain(|s| Arc::strong_count(s) > 2);
+        inner.slabs.retain(|heard| Arc::strong_count(&heard.entry) > 2);
         if let Some(eventfd) = entry.own.get(self.bell) {
-            wait::watch(self.as_fd(), eventfd, TOKEN | NO_FD);
+            wait::watch(self.as_fd(), eventfd, TOKEN | BELL);
         }
-        inner.slabs.push(entry);
+        let mut sides = [false; 2];
+        sides[bound.side.index()] = true;
+        if inner.sleepers > 0 {
+            // Another thread sleeps, which has not announced it there, and may have missed what came before this.
+            entry.slab.bells(bound.side)[self.bell].announce();
+            wait::kick();
+        }
+        inner.slabs.push(Heard { entry, sides });
     }
 
     /// Reports what is ready among the connections.
@@ -321,7 +362,7 @@ impl EpollSet {
 
     /// Takes the kernel's events: ours become edges of connections, the application's are reported.
     fn sift(&self, inner: &mut Inner, out: &mut [libc::epoll_event], n: usize) -> usize {
-        let mut kept = 0;
+        let (mut kept, mut rung) = (0, false);
         for i in 0..n {
             let event = out[i];
             let (data, events) = (event.u64, event.events);
@@ -334,6 +375,7 @@ impl EpollSet {
                 self.control.store(true, Ordering::Relaxed);
                 continue;
             }
+            rung |= data == TOKEN | BELL;
             let fd = (data & !TOKEN_MASK) as i32;
             if let Some(at) = inner.find(fd) {
                 let conn = &inner.hot[at].conn;
@@ -346,32 +388,12 @@ impl EpollSet {
                 }
             }
         }
+        if rung && inner.sleepers > 0 {
+            // Who rang has taken the announcement, and the edge that would have woken a sleeper, maybe this thread in a
+            // moment, is spent. What was published is looked at after this.
+            inner.announce(self.bell);
+        }
         kept
-    }
-
-    fn announce(inner: &Inner, bell: usize) {
-        for entry in &inner.slabs {
-            for side in [vsocket_channel::Side::Zero, vsocket_channel::Side::One] {
-                // Only our own side's bells wake us.
-                if inner.hot.iter().any(|h| {
-                    h.conn.bound().is_some_and(|b| b.side == side && Arc::ptr_eq(&b.slab, &entry.slab))
-                }) {
-                    entry.slab.bells(side)[bell].announce();
-                }
-            }
-        }
-    }
-
-    fn awake(inner: &Inner, bell: usize) {
-        let mut last = std::ptr::null();
-        for hot in &inner.hot {
-            if let Some(bound) = hot.conn.bound() {
-                if !std::ptr::eq(last, Arc::as_ptr(&bound.slab)) {
-                    last = Arc::as_ptr(&bound.slab);
-                    wait::awake(bound, bell);
-                }
-            }
-        }
     }
 
     fn on_ring(inner: &Inner) -> bool {
@@ -524,12 +546,14 @@ impl EpollSet {
                 return Ok(n);
             }
             // Announce, look once more, then sleep.
-            let Ok(inner) = self.inner.lock() else { return Err(Errno::INTR) };
-            Self::announce(&inner, self.bell);
+            let Ok(mut inner) = self.inner.lock() else { return Err(Errno::INTR) };
+            inner.sleepers += 1;
+            inner.announce(self.bell);
             drop(inner);
             client::check_mail();
-            n = self.look(out, real, zero)?;
-            if n == 0 {
+            let looked = self.look(out, real, zero);
+            let told = self.control.load(Ordering::Relaxed);
+            if matches!(looked, Ok(0)) && !told {
                 let left = deadline.map(|d| {
                     let left = d.saturating_duration_since(Instant::now());
                     Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) }
@@ -537,7 +561,7 @@ impl EpollSet {
                 let slept = real(out, left);
                 client::check_mail();
                 let Ok(mut inner) = self.inner.lock() else { return Err(Errno::INTR) };
-                Self::awake(&inner, self.bell);
+                inner.awake(self.bell);
                 n = self.sift(&mut inner, out, slept?);
                 let room = out.len();
                 n += self.harvest(&mut inner, &mut out[n..room], true);
@@ -546,8 +570,10 @@ impl EpollSet {
                 if n == 0 && deadline.is_some_and(|d| d <= Instant::now()) {
                     return Ok(0);
                 }
-            } else if let Ok(inner) = self.inner.lock() {
-                Self::awake(&inner, self.bell);
+            } else {
+                let Ok(mut inner) = self.inner.lock() else { return Err(Errno::INTR) };
+                inner.awake(self.bell);
+                n = looked?;
             }
             if n > 0 {
                 return Ok(n);
@@ -635,5 +661,111 @@ impl EpollSet {
 impl AsRawFd for EpollSet {
     fn as_raw_fd(&self) -> i32 {
         self.fd
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Slab;
+    use vsocket_channel::layout::{Geometry, LAYOUT_VERSION, SLAB_MAGIC};
+
+    /// A set that hears a slab's doorbells on one side.
+    fn listening() -> (EpollSet, Arc<SlabEntry>) {
+        let geometry = Geometry::new(1, 4096).unwrap();
+        let memfd = rustix::fs::memfd_create("slab", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&memfd, geometry.slab_len() as u64).unwrap();
+        let header = [&SLAB_MAGIC.to_ne_bytes()[..], &LAYOUT_VERSION.to_ne_bytes()].concat();
+        assert_eq!(rustix::io::pwrite(&memfd, &header, 0), Ok(12));
+        let slab = Arc::new(Slab::map(&memfd, 1, geometry).unwrap());
+        let entry = Arc::new(SlabEntry::new(slab, vec![], vec![]));
+        let inner =
+            Inner { slabs: vec![Heard { entry: entry.clone(), sides: [false, true] }], ..Inner::default() };
+        let set = EpollSet {
+            fd: -1,
+            bell: wait::assign_bell(),
+            ours: AtomicBool::new(true),
+            control: AtomicBool::new(false),
+            spin: AtomicU32::new(0),
+            kernel_turn: AtomicU64::new(0),
+            inner: Mutex::new(inner),
+        };
+        (set, entry)
+    }
+
+    const APPLICATION: libc::epoll_event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: 7 };
+
+    /// Whoever publishes between the announcement and the last look takes the announcement, and that look takes the edge:
+    /// the thread must not then sleep as one who has announced nothing.
+    #[test]
+    fn a_bell_heard_in_the_last_look_is_announced_again() {
+        let (set, entry) = listening();
+        let bell = &entry.slab.bells(Side::One)[set.bell];
+        let mut out = [libc::epoll_event { events: 0, u64: 0 }; 4];
+        let (mut rung, mut slept) = (0, 0);
+        let mut real = |out: &mut [libc::epoll_event], timeout: Option<Timespec>| {
+            if timeout.is_none() {
+                slept += 1;
+                assert!(bell.take(), "asleep without an announcement");
+                out[0] = APPLICATION;
+                return Ok(1);
+            }
+            if bell.take() {
+                rung += 1;
+                out[0] = libc::epoll_event { events: libc::EPOLLIN as u32, u64: TOKEN | BELL };
+                return Ok(1);
+            }
+            Ok(0)
+        };
+        assert_eq!(set.wait(&mut out, None, None, &mut real), Ok(1));
+        assert_eq!({ out[0].u64 }, 7);
+        assert_eq!((rung, slept), (1, 1));
+        let far = &entry.slab.bells(Side::Zero)[set.bell];
+        assert!(!far.take() && set.inner.lock().unwrap().sleepers == 0);
+        wait::return_bell(set.bell);
+    }
+
+    /// What the agent says between the announcement and the last look is read, not slept upon.
+    #[test]
+    fn mail_heard_in_the_last_look_is_read_before_sleeping() {
+        let (set, entry) = listening();
+        let bell = &entry.slab.bells(Side::One)[set.bell];
+        let mut out = [libc::epoll_event { events: 0, u64: 0 }; 4];
+        let mut said = false;
+        let mut real = |out: &mut [libc::epoll_event], timeout: Option<Timespec>| {
+            if timeout.is_none() {
+                assert!(said && !set.control.load(Ordering::Relaxed), "slept upon unread mail");
+                out[0] = APPLICATION;
+                return Ok(1);
+            }
+            if bell.sleeping.load(Ordering::Relaxed) != 0 && !std::mem::replace(&mut said, true) {
+                out[0] = libc::epoll_event { events: libc::EPOLLIN as u32, u64: TOKEN | CONTROL };
+                return Ok(1);
+            }
+            Ok(0)
+        };
+        assert_eq!(set.wait(&mut out, None, None, &mut real), Ok(1));
+        wait::return_bell(set.bell);
+    }
+
+    /// One of two sleeping threads takes the edge: the other's sleep stays announced.
+    #[test]
+    fn a_bell_that_wakes_one_thread_is_announced_for_the_other() {
+        let (set, entry) = listening();
+        let bell = &entry.slab.bells(Side::One)[set.bell];
+        let mut out = [libc::epoll_event { events: 0, u64: 0 }; 4];
+        let mut real = |out: &mut [libc::epoll_event], timeout: Option<Timespec>| {
+            if timeout.is_some() {
+                return Ok(0);
+            }
+            set.inner.lock().unwrap().sleepers += 1;
+            assert!(bell.take());
+            out[0] = APPLICATION;
+            out[1] = libc::epoll_event { events: libc::EPOLLIN as u32, u64: TOKEN | BELL };
+            Ok(2)
+        };
+        assert_eq!(set.wait(&mut out, None, None, &mut real), Ok(1));
+        assert!(bell.take(), "the other thread sleeps without an announcement");
+        wait::return_bell(set.bell);
     }
 }

@@ -55,8 +55,12 @@ pub fn announce(bound: &Bound, bell: usize) {
 
 /// Takes the announcement back.
 pub fn awake(bound: &Bound, bell: usize) {
-    let alone = WAITERS[bell].load(Ordering::Relaxed) == 1 && !SHARED.load(Ordering::Relaxed);
-    bound.slab.bells(bound.side)[bell].awake(alone);
+    bound.slab.bells(bound.side)[bell].awake(is_alone(bell));
+}
+
+/// Whether only one waiter of this side uses the bell.
+pub fn is_alone(bell: usize) -> bool {
+    WAITERS[bell].load(Ordering::Relaxed) == 1 && !SHARED.load(Ordering::Relaxed)
 }
 
 fn current_cpu() -> u32 {
