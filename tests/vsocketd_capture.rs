@@ -120,15 +120,17 @@ type Way = (String, String, String);
 /// What a direction carried.
 #[derive(Default, Debug)]
 struct Stream {
+    /// Of its last stay on the lane.
     first: u32,
+    /// What goes on the stay, if one is open.
     next: Option<u32>,
+    stays: u64,
+    /// In all stays.
     bytes: u64,
-    ended: bool,
-    packets: u64,
     outer: Vec<String>,
 }
 
-/// Checks every packet of a capture, and that sequence numbers go on; what each direction carried.
+/// Checks every packet of a capture, and that sequence numbers go on in each stay; what each direction carried.
 fn checked(file: &FilePath) -> HashMap<Way, Stream> {
     let fields = [
         "frame.protocols",
@@ -173,23 +175,23 @@ fn checked(file: &FilePath) -> HashMap<Way, Stream> {
         }
         let flags = u32::from_str_radix(flags.trim_start_matches("0x"), 16).unwrap();
         let (seq, len): (u32, u32) = (seq.parse().unwrap(), len.parse().unwrap());
-        if stream.packets == 0 && flags & 2 == 0 {
+        let (fin, syn) = (flags & 1, (flags >> 1) & 1);
+        if syn == 1 {
+            // A connection may leave its lane and come back in another generation.
+            stream.first = seq.wrapping_add(1);
+            stream.next = Some(seq);
+            stream.stays += 1;
+        }
+        let Some(next) = stream.next else {
             assert!(
                 len == 0 && seq == 0,
-                "before the stay there is only what the other way needs: {packet:?}"
+                "outside a stay there is only what the other way needs: {packet:?}"
             );
             continue;
-        }
-        assert!(!stream.ended, "nothing follows FIN: {packet:?}");
-        assert_eq!(seq, *stream.next.get_or_insert(seq), "sequence numbers go on: {packet:?}");
-        let syn = (flags >> 1) & 1;
-        if syn == 1 {
-            stream.first = seq.wrapping_add(1);
-        }
-        stream.next = Some(seq.wrapping_add(len + syn));
-        stream.ended = flags & 1 != 0;
+        };
+        assert_eq!(seq, next, "sequence numbers go on: {packet:?}, {stream:?}");
+        stream.next = (fin == 0).then(|| seq.wrapping_add(len + syn));
         stream.bytes += u64::from(len);
-        stream.packets += 1;
     }
     streams
 }
@@ -253,6 +255,32 @@ fn tshark_reads_vxlan_with_whole_streams_in_it() {
             assert!(stream.outer.len() == 1 && stream.outer[0].starts_with(hosts), "{src}: {stream:?}");
         }
     }
+}
+
+/// A backend that does not answer is left, and met again in the next generation: each stay is a TCP stream of its own.
+#[test]
+fn every_stay_of_a_connection_is_a_stream() {
+    let lab = Lab::up("capture-stays");
+    let file = lab.state().join("h1.pcap");
+    let capture = Capture::new(&lab, "h1", &["-w", file.to_str().unwrap(), "--bytes", "1G"]);
+    let address = v4("c", PORTS[0]);
+    let server = lab.stream_server("run", "c", address, &["--once"]);
+    let mut client = lab.stream("run", "a", "connect", address, &["--until-eof", "--pace", "2000000"]);
+    lab.on_lane("a", client.pid(), 1, "fabric");
+    lab.daemon("pause", "backend", "h2");
+    wait_until(SOON, "the lane is left", || {
+        lab.connection("a", address).is_some_and(|line| line.lanes() == ("tcp", "tcp"))
+    });
+    lab.daemon("cont", "backend", "h2");
+    lab.on_lane("a", client.pid(), 1, "fabric");
+    client.end_input();
+    client.report();
+    server.report();
+    let told = capture.interrupt();
+    assert!(told.contains("dropped: none"), "{told}");
+    let streams = checked(&file);
+    let stays: Vec<_> = streams.values().map(|stream| stream.stays).collect();
+    assert!(stays.len() == 2 && stays.iter().all(|stays| *stays >= 2), "{streams:?}");
 }
 
 /// Sends a file's bytes, not all before the upgrade, and takes them.

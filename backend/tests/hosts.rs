@@ -201,7 +201,7 @@ fn a_peer_that_does_not_answer_is_left_within_the_bound_and_found_again() {
     let begin = Instant::now();
     assert_eq!(a.hear(), Message::Withdraw { conn: 1, generation: 1, reason: Reason::NotAnswering });
     let took = begin.elapsed();
-    assert!(took > Duration::from_millis(400) && took < Duration::from_millis(1200), "{took:?}");
+    assert!(took > Duration::from_millis(400) && took < Duration::from_secs(3), "{took:?}");
     a.say(Message::Left { conn: 1, generation: 1 });
     lab.switch.freeze(false);
     assert_eq!(c.hear(), Message::Withdraw { conn: 1, generation: 1, reason: Reason::PeerBackendGone });

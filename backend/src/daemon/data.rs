@@ -431,8 +431,9 @@ fn receive(
     let entry = entry.ok_or("segment-stale-or-unknown")?;
     let payload = if ahead { None } else { message.get(header_len..) };
     let handled = entry.flow.handle(&segment, payload, len);
-    if entry.tapped != 0 && handled.is_ok() {
-        let payload = payload.map_or_else(|| entry.flow.received(len), Payload::Inline);
+    if entry.tapped != 0 {
+        // Also what was dropped: it was on the wire.
+        let payload = payload.map_or_else(|| entry.flow.ahead(segment.seq, len), Payload::Inline);
         taps.take(entry.tapped, Way::Rx, entry.peer, &message[..header_len], payload);
     }
     let failed = match handled {

@@ -42,9 +42,13 @@ impl Flow {
         Ok(Heard::Segment)
     }
 
-    /// Where the payload of the segment that was handled last is, if it has gone ahead: for a capture.
-    pub fn received(&self, len: usize) -> Payload<'_> {
-        Payload::Ring(&self.view.rings[1], self.rx.head.wrapping_sub(len as u64), len)
+    /// Where a payload that has gone ahead of its segment is, whatever became of the segment: for a capture.
+    pub fn ahead(&self, seq: u32, len: usize) -> Payload<'_> {
+        // The stream offset next to ours with this low half; the ring takes any.
+        let from_head = seq.wrapping_sub(self.rx.head as u32) as i32;
+        let at = self.rx.head.wrapping_add_signed(i64::from(from_head));
+        let ring = &self.view.rings[1];
+        Payload::Ring(ring, at, len.min(ring.len()))
     }
 
     fn handle_open(&mut self, open: Option<StayOpen>) -> Result<(), Drop> {

@@ -200,6 +200,25 @@ fn a_stay_opens_is_confirmed_and_carries_bytes() {
     assert_eq!(wire.flows[1].traffic.rx_bytes, 5);
 }
 
+/// A capture looks where a header says its payload is, whatever it says.
+#[test]
+fn what_has_gone_ahead_is_found_in_the_ring() {
+    let mut wire = Wire::new([1 << 14; 2]);
+    wire.guests[0].open((1 << 40) - 2);
+    wire.guests[0].write(b"hello");
+    wire.run();
+    let bytes = |seq: u32, len: usize| {
+        let Payload::Ring(ring, at, len) = wire.flows[1].ahead(seq, len) else { panic!() };
+        let mut got = vec![0; len];
+        ring.get(at, &mut got);
+        got
+    };
+    assert_eq!(bytes(u32::MAX - 1, 5), b"hello");
+    assert_eq!(bytes(0, 3), b"llo");
+    assert_eq!(bytes(0, 1 << 20).len(), 1 << 14);
+    assert_eq!(bytes((1 << 31) + 100, 4), [0; 4]);
+}
+
 /// Both directions, rings of different length, random sizes, room that runs out in the middle: every byte, in order.
 #[test]
 fn streams_cross_with_wrapping_rings_and_little_room() {
