@@ -2,6 +2,7 @@
 //! noticed by a counter in shared memory on busy paths, and by the control socket in every set that sleeps.
 
 use super::conn::{Conn, ConnRef, Shared};
+use super::descriptors::lift;
 use super::epoll;
 use super::table::{self, Slot};
 use super::wait;
@@ -231,11 +232,6 @@ fn raw(fd: impl AsFd) -> i32 {
 
 fn agent_path() -> PathBuf {
     std::env::var_os(AGENT_VARIABLE).map_or_else(|| PathBuf::from(AGENT_DEFAULT), PathBuf::from)
-}
-
-/// Moves one of our own descriptors out of the low numbers, which are the application's.
-fn lift(fd: OwnedFd) -> OwnedFd {
-    rustix::io::fcntl_dupfd_cloexec(&fd, 900).unwrap_or(fd)
 }
 
 impl Client {

@@ -5,6 +5,7 @@
 
 use super::client::{self, SlabEntry};
 use super::conn::Conn;
+use super::descriptors::lift;
 use crate::memory::Bound;
 use crate::record::status;
 use rustix::event::epoll;
@@ -130,7 +131,7 @@ fn kick_fd() -> Option<&'static OwnedFd> {
     let make = || {
         let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
         let fd = rustix::event::eventfd(0, flags).ok()?;
-        Some(rustix::io::fcntl_dupfd_cloexec(&fd, 900).unwrap_or(fd))
+        Some(lift(fd))
     };
     KICK.get_or_init(make).as_ref()
 }
@@ -213,7 +214,7 @@ pub fn watch(set: impl AsFd, fd: impl AsFd, data: u64) -> bool {
 impl Waiter {
     fn new() -> Option<Self> {
         let set = epoll::create(epoll::CreateFlags::CLOEXEC).ok()?;
-        let set = rustix::io::fcntl_dupfd_cloexec(&set, 900).unwrap_or(set);
+        let set = lift(set);
         watch_kick(&set, 0);
         let bell = assign_bell();
         Some(Self { set, bell, slabs: Mutex::default(), control: AtomicU32::new(0) })
