@@ -31,6 +31,11 @@ pub fn shared_by_fork() {
     SHARED.store(true, Ordering::Relaxed);
 }
 
+/// Whether another process may share this one's waiters.
+pub fn is_shared() -> bool {
+    SHARED.load(Ordering::Relaxed)
+}
+
 /// The doorbell number for a new waiter: the one with the fewest.
 pub fn assign_bell() -> usize {
     let n = (0..BELLS).min_by_key(|n| WAITERS[*n].load(Ordering::Relaxed)).unwrap_or(0);
@@ -60,7 +65,7 @@ pub fn awake(bound: &Bound, bell: usize) {
 
 /// Whether only one waiter of this side uses the bell.
 pub fn is_alone(bell: usize) -> bool {
-    WAITERS[bell].load(Ordering::Relaxed) == 1 && !SHARED.load(Ordering::Relaxed)
+    WAITERS[bell].load(Ordering::Relaxed) == 1 && !is_shared()
 }
 
 fn current_cpu() -> u32 {
@@ -145,6 +150,7 @@ pub fn kick() {
 /// This thread has read that the far end left: a thread that sleeps for room in our ring must look elsewhere for it.
 pub fn kick_if_left(conn: &Conn, was_on_ring: bool) {
     if was_on_ring && !conn.record().is(status::TX_RING) {
+        conn.stir();
         kick();
     }
 }
