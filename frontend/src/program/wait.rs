@@ -9,6 +9,7 @@ use crate::memory::Bound;
 use crate::record::status;
 use rustix::event::epoll;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -170,8 +171,8 @@ pub struct Waiter {
     set: OwnedFd,
     /// Its doorbell number.
     pub bell: usize,
-    /// Slabs whose doorbell the set watches.
-    slabs: Mutex<Vec<Arc<SlabEntry>>>,
+    /// Slabs whose doorbell the set watches, by their address.
+    slabs: Mutex<HashMap<usize, Arc<SlabEntry>>>,
     /// Which control socket the set watches; a closed one has left it by itself.
     control: AtomicU32,
 }
@@ -237,16 +238,17 @@ impl Waiter {
     /// Watches the doorbell of the connection's slab.
     pub fn watch_slab(&self, conn: &Conn) {
         let (Some(entry), Ok(mut slabs)) = (conn.slab(), self.slabs.lock()) else { return };
-        if slabs.iter().any(|s| Arc::ptr_eq(s, &entry)) {
+        let name = Arc::as_ptr(&entry) as usize;
+        if slabs.contains_key(&name) {
             return;
         }
         if slabs.len() >= 32 {
-            slabs.retain(|s| Arc::strong_count(s) > 2);
+            slabs.retain(|_, s| Arc::strong_count(s) > 2);
         }
         if let Some(eventfd) = entry.own.get(self.bell) {
             watch(&self.set, eventfd, 0);
         }
-        slabs.push(entry);
+        slabs.insert(name, entry);
     }
 
     /// The descriptor to poll beside the application's.
