@@ -353,7 +353,7 @@ class Scenarios:
             # Besides the slabs, a queue pair's own places to send from and to receive in.
             check(busy["mr"] <= slabs + 2 * busy["qp"], f"registrations: {idle} without connections, {busy} with {slabs} slabs")
             return f"{most} on the lane: {busy['qp']} queue pairs, {busy['mr']} registrations, {slabs} slabs"
-        return f"{most} on the lane"
+        return f"{most} on the lane: {slabs} slabs"
 
     @staticmethod
     def _crowd(words):
@@ -445,7 +445,7 @@ SUITES = {
         (["--nic", "rxe"], None),
         (
             ["--nic", "soft"],
-            ["the_fabric_is_the_one_asked_for", "integrity_128_mib_each_way"],
+            ["the_fabric_is_the_one_asked_for", "integrity_128_mib_each_way", "many_connections_few_queue_pairs"],
         ),
     ],
 }
