@@ -1,8 +1,8 @@
 //! The daemon: one thread that owns everything, and the only place that waits.
 //!
 //! A turn does what the kernel reported, then what pairing wants, then moves bytes. While bytes move it polls, and yields
-//! the processor on every pass that found nothing; after 50 µs without work it announces its sleep in every slab it
-//! shares, looks once more, and blocks. A host whose guests use only `direct` lanes just blocks.
+//! the processor on every pass that found nothing; after 50 µs without work it announces its sleep in every slab that it
+//! has looked at, looks once more, and blocks. A host whose guests use only `direct` lanes just blocks.
 
 #![forbid(unsafe_code)]
 
@@ -131,8 +131,6 @@ pub struct Daemon {
     peers: Option<peers::Peers>,
     /// When the peers were last looked at.
     watched: Instant,
-    /// Slabs whose bell is ours.
-    rung: Vec<u64>,
     /// Agents whose sockets may hold more than one turn may take.
     more: Vec<u32>,
     /// Turns of the loop: an idle daemon makes none.
@@ -185,7 +183,6 @@ impl Daemon {
             overlay: Overlay::default(),
             peers: None,
             watched: Instant::now(),
-            rung: Vec::new(),
             more: Vec::new(),
             passes: 0,
             ending: None,
@@ -267,7 +264,6 @@ impl Daemon {
             asked_at = Instant::now();
             if slept {
                 worked_at = asked_at;
-                self.wake();
             }
             for event in &events {
                 if let Some(source) = Source::of(event.token()) {
@@ -291,38 +287,20 @@ impl Daemon {
         worked
     }
 
-    /// Announces that we sleep, and looks once more: true if there is really nothing.
+    /// Announces that we sleep, and looks once more: true if there is really nothing. What was announced stands until
+    /// its slab is looked at again.
     fn may_sleep(&mut self) -> bool {
-        let Some(data) = &mut self.data else { return true };
-        data.arm();
-        for number in &self.rung {
-            if let Some(slab) = self.pool.slab(*number) {
-                slab.memory.header().bells[1][0].announce();
-            }
-        }
-        let idle = !data.pass(&mut self.metrics.drops, true);
-        if !idle {
-            self.wake();
-        }
-        idle
-    }
-
-    /// Takes the announcements back.
-    fn wake(&mut self) {
-        for number in &self.rung {
-            if let Some(slab) = self.pool.slab(*number) {
-                slab.memory.header().bells[1][0].awake(true);
-            }
-        }
+        self.data.as_mut().is_none_or(|data| data.rest(&mut self.metrics.drops))
     }
 
     fn handle_time(&mut self, now: Instant) {
         self.pairing.handle_timeout(now);
         self.watch_peers(now);
-        if let Some(data) = &mut self.data
-            && data.fabric.next_deadline().is_some_and(|at| at <= now)
-        {
-            data.fabric.handle_timeout(now);
+        if let Some(data) = &mut self.data {
+            data.cool(now, &mut self.metrics.drops);
+            if data.fabric.next_deadline().is_some_and(|at| at <= now) {
+                data.fabric.handle_timeout(now);
+            }
         }
     }
 
@@ -339,7 +317,12 @@ impl Daemon {
     fn handle(&mut self, source: Source) {
         match source {
             Source::Waker => self.link_ready(),
-            Source::Fabric | Source::Bell(_) => {}
+            Source::Fabric => {}
+            Source::Bell(number) => {
+                if let Some(data) = &mut self.data {
+                    data.bell(number);
+                }
+            }
             Source::Signal => self.stop.flag.store(true, Ordering::Release),
             Source::Listener(vport) => self.agent_arrives(vport),
             Source::Agent(vport) => self.agent_ready(vport),

@@ -347,6 +347,7 @@ impl Client {
                 if let Some(conn) = self.conns.get(&record) {
                     conn.kernel_in.store(1, Ordering::Release);
                     conn.kernel_out.store(1, Ordering::Release);
+                    conn.stir();
                 }
             }
             _ => self.lost_agent(),
@@ -488,6 +489,7 @@ impl Client {
             }
             conn.record().ready.store(0, Ordering::Release);
             conn.kernel_in.store(1, Ordering::Release);
+            conn.stir();
         }
         for (fd, epoch) in self.opening.values() {
             if let Some(slot) = table::slot(*fd).filter(|s| s.epoch.load(Ordering::Relaxed) == *epoch) {

@@ -10,6 +10,7 @@ use crate::memory::Bound;
 use crate::record::status;
 use rustix::event::epoll;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -30,6 +31,11 @@ static SHARED: AtomicBool = AtomicBool::new(false);
 /// From now on no waiter is alone on its bell.
 pub fn shared_by_fork() {
     SHARED.store(true, Ordering::Relaxed);
+}
+
+/// Whether another process may share this one's waiters.
+pub fn is_shared() -> bool {
+    SHARED.load(Ordering::Relaxed)
 }
 
 /// The doorbell number for a new waiter: the one with the fewest.
@@ -61,7 +67,7 @@ pub fn awake(bound: &Bound, bell: usize) {
 
 /// Whether only one waiter of this side uses the bell.
 pub fn is_alone(bell: usize) -> bool {
-    WAITERS[bell].load(Ordering::Relaxed) == 1 && !SHARED.load(Ordering::Relaxed)
+    WAITERS[bell].load(Ordering::Relaxed) == 1 && !is_shared()
 }
 
 fn current_cpu() -> u32 {
@@ -146,6 +152,7 @@ pub fn kick() {
 /// This thread has read that the far end left: a thread that sleeps for room in our ring must look elsewhere for it.
 pub fn kick_if_left(conn: &Conn, was_on_ring: bool) {
     if was_on_ring && !conn.record().is(status::TX_RING) {
+        conn.stir();
         kick();
     }
 }
@@ -165,8 +172,8 @@ pub struct Waiter {
     set: OwnedFd,
     /// Its doorbell number.
     pub bell: usize,
-    /// Slabs whose doorbell the set watches.
-    slabs: Mutex<Vec<Arc<SlabEntry>>>,
+    /// Slabs whose doorbell the set watches, by their address.
+    slabs: Mutex<HashMap<usize, Arc<SlabEntry>>>,
     /// Which control socket the set watches; a closed one has left it by itself.
     control: AtomicU32,
 }
@@ -232,16 +239,17 @@ impl Waiter {
     /// Watches the doorbell of the connection's slab.
     pub fn watch_slab(&self, conn: &Conn) {
         let (Some(entry), Ok(mut slabs)) = (conn.slab(), self.slabs.lock()) else { return };
-        if slabs.iter().any(|s| Arc::ptr_eq(s, &entry)) {
+        let name = Arc::as_ptr(&entry) as usize;
+        if slabs.contains_key(&name) {
             return;
         }
         if slabs.len() >= 32 {
-            slabs.retain(|s| Arc::strong_count(s) > 2);
+            slabs.retain(|_, s| Arc::strong_count(s) > 2);
         }
         if let Some(eventfd) = entry.own.get(self.bell) {
             watch(&self.set, eventfd, 0);
         }
-        slabs.push(entry);
+        slabs.insert(name, entry);
     }
 
     /// The descriptor to poll beside the application's.
