@@ -242,8 +242,9 @@ impl Data {
         true
     }
 
-    /// Before a sleep: who makes room in a ring that a peer waits for is to ring.
-    pub fn arm(&self) {
+    /// Before a sleep: who makes room in a ring that a peer waits for is to ring, and so is the fabric.
+    pub fn arm(&mut self) {
+        self.fabric.rest();
         self.entries.iter().for_each(|entry| entry.flow.arm());
     }
 
