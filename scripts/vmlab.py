@@ -18,6 +18,7 @@ from pathlib import Path
 
 VMLAB = str(Path(__file__).resolve().with_name("vmlab"))
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR") or Path(__file__).resolve().parents[1] / "target")
+ROOT = Path(__file__).resolve().parents[1]
 ADDRESS = {"a": "198.51.100.1", "b": "198.51.100.2", "c": "198.51.100.3"}
 HOST = {"a": "h1", "b": "h1", "c": "h2"}
 MIB = 1 << 20
@@ -100,6 +101,18 @@ class Program:
         if self.child.stdin:
             self.child.stdin.close()
             self.child.stdin = None
+
+
+def test_program(package, name, to):
+    """A test program of ours, built and stripped for a machine."""
+    command = ["cargo", "test", "--release", "--no-run", "-q", "--message-format=json", "-p", package, "--test", name]
+    built = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, cwd=ROOT)
+    check(built.returncode == 0, f"{' '.join(command)}: {built.stderr[-500:].decode(errors='replace')}")
+    messages = [json.loads(line) for line in built.stdout.splitlines()]
+    found = [m["executable"] for m in messages if m.get("executable") and m["target"]["name"] == name]
+    check(len(found) == 1, f"{' '.join(command)} made {found}")
+    subprocess.run(["strip", "-o", str(to / name), found[0]], check=True)
+    return to / name
 
 
 def wait_until(limit, holds, what):
@@ -258,6 +271,18 @@ class Scenarios:
         else:
             check("device" in json.dumps(uses), f"vsocketd stat does not say why: {uses}")
         return f"{self.kind}, {json.dumps(uses)}"
+
+    def the_contract_holds_on_the_device(self):
+        """The fabric's conformance suite, as every fabric passes it, with both ends on one device."""
+        if self.kind != "verbs":
+            return None
+        lab = self.lab
+        lab.must("put", "h1", str(test_program("vsocket-backend", "conformance", lab.logs)))
+        command = ["env", "VSOCKET_TEST_VERBS=rxe0", "/tmp/conformance", "verbs::", "--test-threads=1"]
+        out = lab.start("exec", "h1", "--", *command).ok(90)
+        passed = re.search(r"test result: ok\. (\d+) passed; 0 failed; 0 ignored", out)
+        check(passed and int(passed[1]) > 20 and "skipped" not in out, f"conformance: {out[-500:]}")
+        return f"{passed[1]} cases"
 
     def integrity_128_mib_each_way(self):
         """Known bytes, both ways at once; each end compares what it gets, and its SHA-256, with what was sent."""

@@ -184,6 +184,10 @@ impl Verbs {
 
     /// A new queue pair without a peer.
     fn insert(&mut self, domain: DomainId, vni: u32, secret: Secret, now: Instant) -> Result<usize, Error> {
+        if self.station.as_ref().is_some_and(|station| !station.stands()) {
+            // What stands on the address that was lost is lost too; perhaps there is another.
+            self.lose_device();
+        }
         let (pd, count) = (self.pd(domain)?, self.links().count());
         let index = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Slot { generation: 0, link: None });
@@ -394,7 +398,7 @@ impl Verbs {
     /// The device is gone, and everything on it.
     fn lose_device(&mut self) {
         let Some(station) = self.station.take() else { return };
-        tracing::warn!(device = station.context.name(), "the device is gone");
+        tracing::warn!(device = station.context.name(), "the device, or its address, is gone");
         for index in 0..self.slots.len() {
             self.fail(index, Disconnect::DeviceGone);
         }

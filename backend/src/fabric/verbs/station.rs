@@ -104,6 +104,13 @@ impl Station {
         self.context.next_incident()
     }
 
+    /// Whether port and GID are still what was chosen: addresses move, and with them the entries of a port's table.
+    pub fn stands(&self) -> bool {
+        let Candidate { port, index, gid, .. } = self.chosen;
+        self.context.gid(port, index).is_ok_and(|now| now == gid)
+            && self.context.port(port).is_ok_and(|now| now.active)
+    }
+
     /// Our GID.
     pub fn gid(&self) -> [u8; 16] {
         self.chosen.gid
