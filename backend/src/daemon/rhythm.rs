@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 /// Polling goes on for so long without work.
 const SPIN: Duration = Duration::from_micros(50);
 /// And for so many passes.
-const SPIN_PASSES: u32 = 24;
+const SPIN_PASSES: u32 = 4;
 /// But not for longer than that.
 const SPIN_MOST: Duration = Duration::from_millis(2);
 
