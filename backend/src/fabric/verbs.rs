@@ -303,6 +303,10 @@ impl Verbs {
                 return self.fail(index, reason);
             }
             Ok(Heard::Connected) => self.happened.push_back(Event::Connected { qp }),
+            // Nobody takes it any more. With its slot not given back, what else the peer has under way is flushed there.
+            Ok(Heard::Nothing) if self.slots[index].link.as_ref().is_some_and(|link| link.is_leaving()) => {
+                return;
+            }
             Ok(Heard::Nothing) => {}
             Err(error) => return self.fail(index, Disconnect::Io(error.kind())),
         }
