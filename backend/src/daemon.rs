@@ -1,8 +1,9 @@
 //! The daemon: one thread that owns everything, and the only place that waits.
 //!
 //! A turn does what the kernel reported, then what pairing wants, then moves bytes. While bytes move it polls, and yields
-//! the processor on every pass that found nothing; after 50 µs without work it announces its sleep in every slab that it
-//! has looked at, looks once more, and blocks. A host whose guests use only `direct` lanes just blocks.
+//! the processor on every pass that found nothing, and on each where there is only one; after a while without work
+//! ([`rhythm`]) it announces its sleep in every slab that it has looked at, looks once more, and blocks. A host whose guests
+//! use only `direct` lanes just blocks.
 
 #![forbid(unsafe_code)]
 
@@ -29,16 +30,13 @@ mod data;
 mod effects;
 mod guests;
 mod peers;
+mod rhythm;
 mod start;
 mod tools;
 
 pub use peers::{Link, LinkEvent};
 pub use start::{Error, run};
 
-/// Polling goes on for so long without work.
-const SPIN: Duration = Duration::from_micros(50);
-/// While polling, the kernel is asked at least this often.
-const ASK: Duration = Duration::from_micros(50);
 /// An orderly end waits for guests to leave at most this long.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -223,7 +221,9 @@ impl Daemon {
     /// If waiting itself fails.
     pub fn run(mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(256);
-        let (mut worked_at, mut asked_at) = (Instant::now(), Instant::now());
+        let mut rhythm = rhythm::Rhythm::new(Instant::now());
+        // With one processor, whoever is to take what was just posted runs only if this one lets it.
+        let only = rustix::thread::sched_getaffinity(None).is_ok_and(|set| set.count() == 1);
         loop {
             if self.stop.flag.load(Ordering::Acquire) && self.ending.is_none() {
                 self.ending = Some(Instant::now());
@@ -233,12 +233,10 @@ impl Daemon {
             self.settle();
             let worked = self.move_bytes();
             let now = Instant::now();
-            if worked {
-                worked_at = now;
-            }
-            let polls = self.data.as_ref().is_some_and(|data| !data.is_idle()) && now < worked_at + SPIN;
-            if polls && now < asked_at + ASK && self.more.is_empty() {
-                if !worked {
+            rhythm.passed(now, worked);
+            let polls = self.data.as_ref().is_some_and(|data| !data.is_idle()) && rhythm.spins(now);
+            if polls && !rhythm.asks(now) && self.more.is_empty() {
+                if !worked || only {
                     rustix::thread::sched_yield();
                 }
                 continue;
@@ -261,10 +259,8 @@ impl Daemon {
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
                 _ => {}
             }
-            asked_at = Instant::now();
-            if slept {
-                worked_at = asked_at;
-            }
+            let now = Instant::now();
+            rhythm.asked(now, slept);
             for event in &events {
                 if let Some(source) = Source::of(event.token()) {
                     self.handle(source);
@@ -274,7 +270,7 @@ impl Daemon {
             for vport in std::mem::take(&mut self.more) {
                 self.agent_ready(vport);
             }
-            self.handle_time(asked_at);
+            self.handle_time(now);
         }
     }
 

@@ -121,8 +121,9 @@ impl Data {
         heard || sent || !self.notices.is_empty()
     }
 
-    /// Before a sleep: every slab turns cold, if it can. True if there is really nothing to do.
+    /// Before a sleep: the fabric is to wake us, and every slab turns cold, if it can. True if there is really nothing to do.
     pub fn rest(&mut self, drops: &mut Named) -> bool {
+        self.fabric.rest();
         let worked = self.cool_down(None, drops);
         !worked && self.notices.is_empty()
     }

@@ -87,6 +87,12 @@ pub fn same_cpu(bound: &Bound, bell: usize) -> bool {
     bells.filter(|(n, _)| mask & (1 << n) != 0).any(|(_, b)| b.cpu.load(Ordering::Relaxed) == cpu)
 }
 
+/// Whether nobody else runs while this process does: then spinning without offering the processor is in vain.
+fn is_only_processor() -> bool {
+    static ONLY: OnceLock<bool> = OnceLock::new();
+    *ONLY.get_or_init(|| rustix::thread::sched_getaffinity(None).is_ok_and(|set| set.count() == 1))
+}
+
 /// One bounded spin.
 pub struct Spin {
     began: Instant,
@@ -102,7 +108,7 @@ impl Spin {
             began: Instant::now(),
             polls: 0,
             budget: Duration::from_nanos(u64::from(budget)),
-            yielding: crowded,
+            yielding: crowded || is_only_processor(),
         }
     }
 

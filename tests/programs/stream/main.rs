@@ -23,7 +23,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use exchange::exchange;
 use options::{Options, say, standard_input_ends, text};
@@ -189,7 +189,8 @@ fn connect(options: &Options) -> Result<()> {
 #[derive(Default)]
 struct Echoed {
     rounds: u64,
-    slowest: Duration,
+    /// What each took, in microseconds.
+    took: Vec<f64>,
 }
 
 fn echo(options: &Options) -> Result<()> {
@@ -206,11 +207,13 @@ fn echo(options: &Options) -> Result<()> {
     for _ in 0..options.connections {
         echo_once(options, &ended, &mut echoed)?;
     }
-    let (seconds, slowest) = (begun.elapsed().as_secs_f64(), echoed.slowest.as_secs_f64());
-    let rounds = echoed.rounds;
+    let (seconds, rounds) = (begun.elapsed().as_secs_f64(), echoed.rounds);
+    echoed.took.sort_by(f64::total_cmp);
+    let at = |place: usize| echoed.took.get(place).copied().unwrap_or_default();
+    let (median, slowest) = (at(echoed.took.len() / 2), at(echoed.took.len().saturating_sub(1)) / 1e6);
     let bytes = rounds * options.size as u64;
     say(&format!(
-        r#"{{"kind":"e","peer":"{}","rounds":{rounds},"sent":{bytes},"received":{bytes},"slowest":{slowest:.6},"end":"eof","seconds":{seconds:.6},"error":null}}"#,
+        r#"{{"kind":"e","peer":"{}","rounds":{rounds},"sent":{bytes},"received":{bytes},"median_us":{median:.1},"slowest":{slowest:.6},"end":"eof","seconds":{seconds:.6},"error":null}}"#,
         options.address()?
     ));
     Ok(())
@@ -232,7 +235,7 @@ fn echo_once(options: &Options, ended: &AtomicBool, echoed: &mut Echoed) -> Resu
             return Err(format!("round {round}: the answer differs"));
         }
         round += 1;
-        echoed.slowest = echoed.slowest.max(started.elapsed());
+        echoed.took.push(started.elapsed().as_secs_f64() * 1e6);
         if options.idle_after == Some(round) {
             say("idle");
             while !ended.load(Ordering::Relaxed) {
