@@ -7,7 +7,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
@@ -15,8 +15,9 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
-    SocketFlags, SocketType, accept_with, bind, connect, listen, recv, sendmsg, socket_with,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, RecvMsg, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect,
+    listen, recv, recvmsg, sendmsg, socket_with,
 };
 use vsocket_channel::message::{MAX_FDS, MESSAGE_LEN, Malformed, Message};
 
@@ -121,6 +122,23 @@ pub fn connect_to(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
+/// Connects to a daemon without waiting.
+///
+/// # Errors
+///
+/// What the socket calls say, also if the daemon has too many callers at the moment.
+pub fn reach(path: &Path) -> io::Result<Carrier> {
+    let socket = seqpacket(SocketFlags::NONBLOCK)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
+}
+
+impl AsFd for Carrier {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
 impl Carrier {
     /// For registration with the event loop.
     pub fn raw_fd(&self) -> RawFd {
@@ -143,6 +161,32 @@ impl Carrier {
         };
         let image = image.get(..len).ok_or(Gone::Malformed(Malformed::Length(len)))?;
         Message::decode(image).map(Some).map_err(Gone::Malformed)
+    }
+
+    /// The next message, if one is there, and the descriptor beside it. More than one do not arrive at all.
+    ///
+    /// # Errors
+    ///
+    /// [`Gone`].
+    pub fn receive_with(&self) -> Result<Option<(Message, Option<OwnedFd>)>, Gone> {
+        let mut image = [0; MESSAGE_LEN];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::TRUNC | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let len = match recvmsg(&self.socket, &mut [IoSliceMut::new(&mut image)], &mut control, flags) {
+            Ok(RecvMsg { bytes: 0, .. }) | Err(Errno::CONNRESET) => return Err(Gone::Closed),
+            Ok(received) => received.bytes,
+            Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
+            Err(error) => return Err(Gone::Io(error.into())),
+        };
+        let fds = control.drain().filter_map(|beside| match beside {
+            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+            _ => None,
+        });
+        let fd = fds.flatten().next();
+        let image = image.get(..len).ok_or(Gone::Malformed(Malformed::Length(len)))?;
+        let message = Message::decode(image).map_err(Gone::Malformed)?;
+        Ok(Some((message, fd)))
     }
 
     /// Sends a message, now or when the other end takes it.
@@ -251,6 +295,24 @@ mod tests {
             send(&a.socket, &image, SendFlags::empty()).unwrap();
             assert_eq!(b.receive().unwrap_err().name(), Some(name));
         }
+    }
+
+    #[test]
+    fn a_descriptor_comes_along() {
+        let (mut a, b) = pair();
+        let (fd, other) =
+            socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+        let message = Message::FrontWelcome { boot: 3 };
+        a.send(&message, vec![Arc::new(fd)]).unwrap();
+        a.send(&message, vec![]).unwrap();
+        let (first, fd) = b.receive_with().unwrap().unwrap();
+        assert_eq!(first, message);
+        send(fd.unwrap(), b"x", SendFlags::empty()).unwrap();
+        assert_eq!(recv(other, &mut [0; 2], RecvFlags::empty()).unwrap().1, 1);
+        assert!(matches!(b.receive_with(), Ok(Some((_, None)))));
+        assert!(matches!(b.receive_with(), Ok(None)));
+        drop(a);
+        assert!(matches!(b.receive_with(), Err(Gone::Closed)));
     }
 
     #[test]
