@@ -1,4 +1,5 @@
-//! Control messages over a UNIX SEQPACKET socket: one message per datagram, descriptors beside it.
+//! Control messages over a UNIX SEQPACKET socket: one message per datagram, descriptors beside it. Or over a stream, for
+//! an agent in a virtual machine: one message behind another, and no descriptors.
 //!
 //! A carrier never waits. What the other end does not take at once is kept, up to a bound; who does not read at all is
 //! hung up on. What arrives is checked whole before anything of it is used; descriptors that nobody asked for are not
@@ -61,12 +62,16 @@ pub type Fds = Vec<Arc<OwnedFd>>;
 pub struct Carrier {
     socket: OwnedFd,
     outbox: VecDeque<([u8; MESSAGE_LEN], Fds)>,
+    /// How much of the first message in the outbox has been sent: on a stream, perhaps a part.
+    sent: usize,
+    /// On a stream, the beginning of a message.
+    beginning: Option<Vec<u8>>,
 }
 
 impl From<OwnedFd> for Carrier {
     /// A connected, non-blocking SEQPACKET socket.
     fn from(socket: OwnedFd) -> Self {
-        Self { socket, outbox: VecDeque::new() }
+        Self { socket, outbox: VecDeque::new(), sent: 0, beginning: None }
     }
 }
 
@@ -140,6 +145,16 @@ impl AsFd for Carrier {
 }
 
 impl Carrier {
+    /// A connected, non-blocking stream socket.
+    pub fn stream(socket: OwnedFd) -> Self {
+        Self { beginning: Some(Vec::with_capacity(MESSAGE_LEN)), ..socket.into() }
+    }
+
+    /// Whether descriptors can go beside messages.
+    pub fn passes_descriptors(&self) -> bool {
+        self.beginning.is_none()
+    }
+
     /// For registration with the event loop.
     pub fn raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
@@ -150,7 +165,10 @@ impl Carrier {
     /// # Errors
     ///
     /// [`Gone`].
-    pub fn receive(&self) -> Result<Option<Message>, Gone> {
+    pub fn receive(&mut self) -> Result<Option<Message>, Gone> {
+        if let Some(beginning) = &mut self.beginning {
+            return receive_more(self.socket.as_fd(), beginning);
+        }
         let mut image = [0; MESSAGE_LEN];
         // Without room for them the kernel drops descriptors. TRUNC gives the true length of one that is too long.
         let len = match recv(&self.socket, &mut image, RecvFlags::TRUNC | RecvFlags::DONTWAIT) {
@@ -195,9 +213,16 @@ impl Carrier {
     ///
     /// [`Gone`].
     pub fn send(&mut self, message: &Message, fds: Fds) -> Result<(), Gone> {
+        if !fds.is_empty() && !self.passes_descriptors() {
+            return Err(Gone::Io(io::ErrorKind::InvalidInput.into()));
+        }
         let image = message.encode();
-        if self.outbox.is_empty() && send_now(self.socket.as_fd(), &image, &fds)? {
-            return Ok(());
+        if self.outbox.is_empty() {
+            self.sent = send_now(self.socket.as_fd(), &image, &fds)?;
+            if self.sent == MESSAGE_LEN {
+                self.sent = 0;
+                return Ok(());
+            }
         }
         if self.outbox.len() >= OUTBOX {
             return Err(Gone::NotReading);
@@ -213,17 +238,40 @@ impl Carrier {
     /// [`Gone`].
     pub fn flush(&mut self) -> Result<(), Gone> {
         while let Some((image, fds)) = self.outbox.front() {
-            if !send_now(self.socket.as_fd(), image, fds)? {
+            self.sent += send_now(self.socket.as_fd(), &image[self.sent..], fds)?;
+            if self.sent < MESSAGE_LEN {
                 break;
             }
+            self.sent = 0;
             self.outbox.pop_front();
         }
         Ok(())
     }
 }
 
-/// Sends one datagram; false if the socket is full.
-fn send_now(socket: BorrowedFd<'_>, image: &[u8], fds: &[Arc<OwnedFd>]) -> Result<bool, Gone> {
+/// Reads on from a stream, until a message is whole.
+fn receive_more(socket: BorrowedFd<'_>, beginning: &mut Vec<u8>) -> Result<Option<Message>, Gone> {
+    loop {
+        let mut rest = [0; MESSAGE_LEN];
+        let wanted = MESSAGE_LEN - beginning.len();
+        match recv(socket, &mut rest[..wanted], RecvFlags::DONTWAIT) {
+            Ok((_, 0)) if beginning.is_empty() => return Err(Gone::Closed),
+            Ok((_, 0)) => return Err(Gone::Malformed(Malformed::Length(beginning.len()))),
+            Ok((_, len)) => beginning.extend_from_slice(&rest[..len]),
+            Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
+            Err(Errno::CONNRESET) => return Err(Gone::Closed),
+            Err(error) => return Err(Gone::Io(error.into())),
+        }
+        if beginning.len() == MESSAGE_LEN {
+            let message = Message::decode(beginning).map_err(Gone::Malformed);
+            beginning.clear();
+            return message.map(Some);
+        }
+    }
+}
+
+/// Sends one datagram, or what a stream takes of it; says how much that was.
+fn send_now(socket: BorrowedFd<'_>, image: &[u8], fds: &[Arc<OwnedFd>]) -> Result<usize, Gone> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
@@ -232,9 +280,9 @@ fn send_now(socket: BorrowedFd<'_>, image: &[u8], fds: &[Arc<OwnedFd>]) -> Resul
     }
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
     match sendmsg(socket, &[IoSlice::new(image)], &mut control, flags) {
-        Ok(_) => Ok(true),
+        Ok(len) => Ok(len),
         // TOOMANYREFS: the receiver has too many descriptors under way; it must read first.
-        Err(Errno::AGAIN | Errno::INTR | Errno::NOBUFS | Errno::TOOMANYREFS) => Ok(false),
+        Err(Errno::AGAIN | Errno::INTR | Errno::NOBUFS | Errno::TOOMANYREFS) => Ok(0),
         Err(Errno::PIPE | Errno::CONNRESET) => Err(Gone::Closed),
         Err(error) => Err(Gone::Io(error.into())),
     }
@@ -253,7 +301,7 @@ mod tests {
 
     #[test]
     fn what_is_not_taken_at_once_comes_later() {
-        let (mut a, b) = pair();
+        let (mut a, mut b) = pair();
         for n in 0..1000 {
             a.send(&Message::Ping { n }, vec![]).unwrap();
         }
@@ -291,7 +339,7 @@ mod tests {
             (with(7, 1), "message-kind"),
         ];
         for (image, name) in table {
-            let (a, b) = pair();
+            let (a, mut b) = pair();
             send(&a.socket, &image, SendFlags::empty()).unwrap();
             assert_eq!(b.receive().unwrap_err().name(), Some(name));
         }
@@ -321,6 +369,39 @@ mod tests {
         drop(a);
         assert!(matches!(b.receive(), Err(Gone::Closed)));
         assert!(matches!(b.send(&Message::Ping { n: 1 }, vec![]), Err(Gone::Closed)));
+    }
+
+    #[test]
+    fn a_stream_cuts_messages_anywhere() {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let (near, far) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+        let mut b = Carrier::stream(far);
+        let (one, two) = (Message::Ping { n: 1 }, Message::Hello { pid: 2 });
+        let bytes = [one.encode(), two.encode()].concat();
+        for part in bytes[..250].chunks(50) {
+            send(&near, part, SendFlags::empty()).unwrap();
+        }
+        assert_eq!(b.receive().unwrap(), Some(one));
+        assert_eq!(b.receive().unwrap(), None);
+        send(&near, &bytes[250..], SendFlags::empty()).unwrap();
+        assert_eq!(b.receive().unwrap(), Some(two));
+        assert!(b.send(&one, vec![Arc::new(near.try_clone().unwrap())]).is_err(), "no descriptors");
+        let mut a = Carrier::stream(near);
+        // Far more than a socket holds.
+        for n in 0..3000 {
+            b.send(&Message::Ping { n }, vec![]).unwrap();
+        }
+        let mut seen = 0;
+        while seen < 3000 {
+            b.flush().unwrap();
+            while let Some(message) = a.receive().unwrap() {
+                assert_eq!(message, Message::Ping { n: seen });
+                seen += 1;
+            }
+        }
+        send(&a.socket, &bytes[..7], SendFlags::empty()).unwrap();
+        drop(a);
+        assert!(matches!(b.receive(), Err(Gone::Malformed(Malformed::Length(7)))));
     }
 
     #[test]
