@@ -499,6 +499,57 @@ fn a_stream_whose_reader_sleeps_holds_up_no_other() {
 }
 
 #[test]
+fn a_daemon_that_missed_a_reboot_hears_of_it() {
+    let front = Front::start(&[]);
+    let daemon = Daemon::listen(&front, 1);
+    let guest = Guest::connect(&front);
+    daemon.boot();
+    drop(daemon);
+    drop(guest);
+    let guest = Guest::connect(&front);
+    let daemon = Daemon::listen(&front, 1);
+    assert_eq!(daemon.next().0, Message::FrontGone {});
+    daemon.memory();
+    drop(guest);
+}
+
+#[test]
+fn resets_that_nobody_takes_hold_the_guest_up_and_nothing_is_lost() {
+    let front = Front::start(&[]);
+    let mut guest = Guest::connect(&front);
+    let at = BASE + 0x20_0000;
+    let header = Header { op: op::RW, ..guest.packet(1, op::RW) };
+    guest.memory.write_slice(&header.emit(), GuestAddress(at)).unwrap();
+    let (mut offered, mut used, mut heard) = (0, 0, 0);
+    let quiet = |guest: &mut Guest, used: &mut i32| {
+        let mut since = Instant::now();
+        while since.elapsed() < Duration::from_millis(50) {
+            while guest.used(1).is_some() {
+                (*used, since) = (*used + 1, Instant::now());
+            }
+        }
+    };
+    while offered - used < i32::from(SIZE) {
+        (offered - used..SIZE.into()).for_each(|n| guest.offer(1, n as u16, at, HEADER_LEN as u32, 0));
+        offered = used + i32::from(SIZE);
+        quiet(&mut guest, &mut used);
+        if used > 1000 {
+            break;
+        }
+    }
+    assert!((300..1000).contains(&used), "held up after {used}");
+    until("not all are reset", || {
+        while let Some((header, _)) = guest.poll() {
+            assert_eq!((header.op, header.dst_port), (op::RST, 1));
+            heard += 1;
+        }
+        (heard == offered).then_some(())
+    });
+    quiet(&mut guest, &mut used);
+    assert_eq!(used, offered);
+}
+
+#[test]
 fn a_driver_that_lies_harms_itself_only() {
     let front = Front::start(&[]);
     let daemon = Daemon::listen(&front, 1);

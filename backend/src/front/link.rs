@@ -84,12 +84,24 @@ pub struct Link {
     known: Option<Known>,
     retry_at: Option<Instant>,
     tables: u64,
+    /// The daemon has not been told of a reboot, or an end.
+    missed: bool,
 }
 
 impl Link {
     /// To the daemon that listens at `path`, for the guest with this CID. Its death is watched in `epoll`, as [`PIDFD`].
     pub fn new(path: PathBuf, cid: u64, epoll: Arc<OwnedFd>) -> Self {
-        Self { path, cid, epoll, carrier: None, welcomed: false, known: None, retry_at: None, tables: 0 }
+        Self {
+            path,
+            cid,
+            epoll,
+            carrier: None,
+            welcomed: false,
+            known: None,
+            retry_at: None,
+            tables: 0,
+            missed: false,
+        }
     }
 
     /// What is known of the daemon.
@@ -141,7 +153,12 @@ impl Link {
             Ok(Some((Message::FrontWelcome { boot }, Some(pidfd)))) if !self.welcomed => {
                 self.welcomed = true;
                 let before = self.known.replace(Known::new(boot, pidfd, &self.epoll));
-                Some(if before.is_some_and(|b| b.boot == boot) { News::Returned } else { News::Arrived })
+                if before.is_some_and(|before| before.boot == boot) {
+                    return Some(News::Returned);
+                }
+                // It knows of nothing that could have changed.
+                self.missed = false;
+                Some(News::Arrived)
             }
             Ok(Some((message, _))) => {
                 tracing::warn!(?message, "the daemon says what it never should");
@@ -193,12 +210,19 @@ impl Link {
 
     /// The guest has rebooted.
     pub fn tell_reset(&mut self) {
-        self.tell(&Message::FrontReset {}, None);
+        self.missed |= !self.tell(&Message::FrontReset {}, None);
     }
 
     /// The guest is gone.
     pub fn tell_gone(&mut self) {
-        self.tell(&Message::FrontGone {}, None);
+        self.missed |= !self.tell(&Message::FrontGone {}, None);
+    }
+
+    /// What happened while the daemon was not there: of a guest that went and came back, the later boot counts.
+    pub fn tell_what_was_missed(&mut self) {
+        if std::mem::take(&mut self.missed) {
+            self.tell_gone();
+        }
     }
 
     fn tell(&mut self, message: &Message, fd: Option<OwnedFd>) -> bool {

@@ -222,7 +222,10 @@ impl Front {
     /// Moves packets; true if there are more.
     fn turn(&mut self) -> bool {
         let Some(session) = self.qemu.as_ref().map(|qemu| qemu.session.clone()) else { return false };
-        let more = self.take_packets(&session) | self.bring_packets(&session);
+        let taken = self.take_packets(&session);
+        let full = !self.streams.wants_packets();
+        let brought = self.bring_packets(&session);
+        let more = taken || brought || (full && self.streams.wants_packets());
         let drops = self.streams.drops.iter().count();
         if drops > self.named {
             // Each name once: what a guest does must not fill a disk.
@@ -256,7 +259,7 @@ impl Front {
             if taken == BUDGET {
                 break true;
             }
-            // Who has to take resets first rings when it has made room for them.
+            // The guest has to take resets first.
             if !self.streams.wants_packets() {
                 break false;
             }
@@ -394,7 +397,7 @@ impl Front {
                     self.streams.handle_opened(id);
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "cannot hand a stream over");
+                    tracing::debug!(%error, "cannot hand a stream over");
                     self.streams.handle_refused(id, "daemon-unreachable");
                 }
             },
@@ -480,6 +483,7 @@ impl Front {
                 if news == News::Arrived {
                     self.streams.handle_daemon_gone();
                 }
+                self.link.tell_what_was_missed();
                 self.tell_memory();
                 self.unpark();
             }
@@ -512,7 +516,9 @@ impl Front {
         self.streams.handle_stop();
         self.obey();
         if let Some(session) = self.qemu.as_ref().map(|qemu| qemu.session.clone()) {
-            while self.bring_packets(&session) {}
+            for _ in 0..=self.options.streams / BUDGET {
+                self.bring_packets(&session);
+            }
         }
         tracing::info!(drops = ?self.streams.drops.iter().collect::<Vec<_>>(), "front ends");
     }
