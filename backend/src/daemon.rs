@@ -28,6 +28,8 @@ use crate::vport::Vport;
 mod data;
 mod effects;
 mod guests;
+#[cfg(feature = "vm")]
+mod machines;
 mod peers;
 mod start;
 mod tools;
@@ -53,6 +55,11 @@ enum Source {
     Tool(u32),
     Fabric,
     Bell(u64),
+    #[cfg(feature = "vm")]
+    Front(u32),
+    /// Of a vport, by number.
+    #[cfg(feature = "vm")]
+    Caller(u32, u32),
 }
 
 const KIND_SHIFT: u32 = 48;
@@ -68,6 +75,11 @@ impl Source {
             Self::Tool(n) => (5, u64::from(n)),
             Self::Fabric => (6, 0),
             Self::Bell(n) => (7, n),
+            #[cfg(feature = "vm")]
+            Self::Front(n) => (8, u64::from(n)),
+            // Of both there are far fewer.
+            #[cfg(feature = "vm")]
+            Self::Caller(vport, n) => (9, u64::from(vport) << 16 | u64::from(n)),
         };
         Token((kind << KIND_SHIFT | n) as usize)
     }
@@ -83,6 +95,10 @@ impl Source {
             5 => Self::Tool(n as u32),
             6 => Self::Fabric,
             7 => Self::Bell(n),
+            #[cfg(feature = "vm")]
+            8 => Self::Front(n as u32),
+            #[cfg(feature = "vm")]
+            9 => Self::Caller((n >> 16) as u32, n as u32 & 0xffff),
             _ => return None,
         })
     }
@@ -133,8 +149,8 @@ pub struct Daemon {
     watched: Instant,
     /// Slabs whose bell is ours.
     rung: Vec<u64>,
-    /// Agents whose sockets may hold more than one turn may take.
-    more: Vec<u32>,
+    /// Sockets that may hold more than one turn may take.
+    more: Vec<Source>,
     /// Turns of the loop: an idle daemon makes none.
     pub(crate) passes: u64,
     /// Since when we are to end.
@@ -275,8 +291,8 @@ impl Daemon {
                 }
             }
             events.clear();
-            for vport in std::mem::take(&mut self.more) {
-                self.agent_ready(vport);
+            for source in std::mem::take(&mut self.more) {
+                self.handle(source);
             }
             self.handle_time(asked_at);
         }
@@ -341,6 +357,14 @@ impl Daemon {
             Source::Waker => self.link_ready(),
             Source::Fabric | Source::Bell(_) => {}
             Source::Signal => self.stop.flag.store(true, Ordering::Release),
+            #[cfg(feature = "vm")]
+            Source::Listener(vport) if self.vports[vport as usize].machine.is_some() => {
+                self.front_arrives(vport)
+            }
+            #[cfg(feature = "vm")]
+            Source::Front(vport) => self.front_ready(vport),
+            #[cfg(feature = "vm")]
+            Source::Caller(vport, slot) => self.caller_ready(vport, slot),
             Source::Listener(vport) => self.agent_arrives(vport),
             Source::Agent(vport) => self.agent_ready(vport),
             Source::Operator => self.tool_arrives(),

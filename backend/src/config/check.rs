@@ -313,6 +313,9 @@ fn machine(raw: &raw::Vport) -> Checked<Option<Machine>> {
         (None, None, _, Some(streams)) => fault("vport.max_streams", streams, only),
         (Some(cid), None, ..) => fault("vport.cid", cid, "needs front, the socket that QEMU connects to"),
         (None, Some(front), ..) => fault("vport.front", front, "needs cid, the guest's vsock CID"),
+        (Some(cid), Some(_), ..) if !cfg!(feature = "vm") => {
+            fault("vport.cid", cid, "this vsocketd is built without vm: it serves containers only")
+        }
         (Some(at), Some(front), port, streams) => Ok(Some(Machine {
             cid: cid(at)?,
             front: socket_path("vport.front", front)?,
