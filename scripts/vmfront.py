@@ -18,6 +18,8 @@ from pathlib import Path
 from vmlab import TARGET, Failure, Lab, check, clear_away, on_signals, wait_until
 
 MACHINE, CID, PORT = "h1", "2", "7650"
+VSOCKETD = str(Path(os.environ.get("VSOCKET_BIN") or TARGET / "release") / "vsocketd")
+MEMORY = int(os.environ.get("VMLAB_MEMORY", "2048")) << 20
 MIB = 1 << 20
 
 # ---------------------------------------------------------------- the daemon's stand-in
@@ -144,6 +146,21 @@ class StandIn:
         return wait_until(limit, found, lambda: f"the daemon's stand-in does not say '{text}': {self.lines(start)[-3:]}")
 
 
+class Daemon:
+    """A real daemon, which is killed at the end."""
+
+    def __init__(self, config, log):
+        self.command, self.log = [VSOCKETD, "--config", str(config)], log
+
+    def __enter__(self):
+        with open(self.log, "ab") as out:
+            self.child = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+
+    def __exit__(self, *_):
+        self.child.kill()
+        self.child.wait()
+
+
 class Qmp:
     """QEMU's monitor."""
 
@@ -189,9 +206,12 @@ class Scenarios:
     def begin(self, *words):
         """A program that runs on; its first stream has been opened."""
         start = self.stand_in.mark()
-        program = self.lab.start("exec", MACHINE, "--", "vsock", words[0], CID, PORT, *map(str, words[1:]))
+        program = self.begin_plainly(*words)
         self.stand_in.says("stream", start)
         return program
+
+    def begin_plainly(self, *words):
+        return self.lab.start("exec", MACHINE, "--", "vsock", words[0], CID, PORT, *map(str, words[1:]))
 
     def pid(self, name):
         return int((self.state / f"{name}.pid").read_text().split()[0])
@@ -311,6 +331,53 @@ class Scenarios:
         self.vsock("echo", MIB)
         self.nothing_left()
 
+    def a_real_daemon_and_one_registration_a_boot(self):
+        """The agent's message exchange, from a privileged port; whoever comes second, or is nobody, is turned away."""
+        self.stand_in.kill()
+        config, control = self.lab.logs / "vsocketd.toml", str(self.state / "control")
+        config.write_text(
+            f"""host = "h1"
+control = "{control}"
+[[vport]]
+name = "vm"
+vni = 100
+mac = "02:00:00:64:00:01"
+addresses = ["198.51.100.1"]
+socket = "{self.stand_in.socket}"
+cid = 11
+front = "{self.state}/{MACHINE}.front"
+"""
+        )
+
+        def stat():
+            asked = subprocess.run([VSOCKETD, "stat", "--json", "--control", control], capture_output=True)
+            return json.loads(asked.stdout) if asked.returncode == 0 else {}
+
+        def has_memory():
+            vports = stat().get("vports")
+            return vports and vports[0]["machine"]["memory_bytes"] == MEMORY
+
+        try:
+            for _ in range(2):
+                with Daemon(config, self.lab.logs / "vsocketd.log"):
+                    wait_until(10, has_memory, "the daemon does not have the guest's memory")
+                    agent = self.begin_plainly("agent", 1023).prints("answered")
+                    check(stat()["vports"][0]["agent"], "no agent")
+                    for port in (1022, 4000):
+                        # A container with NET_BIND_SERVICE; and a program without anything.
+                        late = self.begin_plainly("agent", port)
+                        wait_until(10, lambda: not late.runs(), "it is not turned away")
+                        check(late.child.returncode == 1 and "registered" not in late.out(), late.last())
+                    drops = stat()["drops"]
+                    check(drops == {"second-agent": 1, "agent-unprivileged": 1}, drops)
+                # The daemon is gone, and its agent knows.
+                check("ended" in agent.ok(10), agent.last())
+        finally:
+            start = self.stand_in.mark()
+            self.stand_in.start()
+            self.stand_in.says("memory", start)
+        self.nothing_left()
+
     def the_front_ends_in_order(self):
         held = self.begin("hold").prints("open")
         self.lab.must("front", "term", MACHINE)
@@ -359,7 +426,7 @@ def main():
     scenarios = Scenarios(lab)
     stand_ins.append(scenarios.stand_in)
     own = [name for name, what in vars(Scenarios).items() if callable(what) and "_" in name and name[0] != "_"]
-    own = [name for name in own if name not in ("nothing_left",)]
+    own = [name for name in own if name not in ("nothing_left", "begin_plainly")]
     passed = failed = 0
     for name in own:
         if not all(word in name for word in sys.argv[1:]):
