@@ -25,7 +25,7 @@ MIB = 1 << 20
 # ---------------------------------------------------------------- the daemon's stand-in
 
 HEAD = struct.Struct("<4sHH")
-HELLO, WELCOME, REGION, STREAM, RESET, GONE = range(40, 46)
+HELLO, WELCOME, REGION, STREAM, RESET, GONE, PAUSED, QUIET, RESUMED = range(40, 49)
 
 
 def say(*words):
@@ -97,7 +97,9 @@ def serve_front(front):
             end = socket.socket(fileno=fds.pop())
             threading.Thread(target=serve_stream, args=(number, end), daemon=True).start()
         else:
-            say({RESET: "reset", GONE: "gone"}[kind])
+            say({RESET: "reset", GONE: "gone", PAUSED: "paused", RESUMED: "resumed"}[kind])
+            if kind == PAUSED:
+                front.sendall(message(QUIET))
         for fd in fds:
             os.close(fd)
 
@@ -295,9 +297,12 @@ class Scenarios:
         busy = self.begin("echo", 64 * MIB, 2)
         qmp = self.qmp()
         for _ in range(3):
+            start = self.stand_in.mark()
             qmp.do("stop")
+            self.stand_in.says("paused", start)
             time.sleep(0.5)
             qmp.do("cont")
+            self.stand_in.says("resumed", start)
             time.sleep(0.3)
         check(busy.runs(), "over before it was stopped")
         said = busy.ok(120)

@@ -105,6 +105,8 @@ pub struct Machine {
     pub front: Option<Front>,
     /// Its memory, while it is known.
     pub memory: Option<Ram>,
+    /// It stands still, and its memory must not be touched.
+    pub paused: bool,
     /// Somebody has registered as the agent in this boot.
     pub registered: bool,
     coming: Coming,
@@ -143,12 +145,13 @@ impl Machine {
 
     /// The guest has rebooted.
     pub fn handle_reset(&mut self) {
-        self.registered = false;
+        (self.registered, self.paused) = (false, false);
     }
 
     /// The guest is gone, or its front.
     pub fn handle_gone(&mut self) {
-        (self.memory, self.coming, self.registered) = (None, Coming::default(), false);
+        (self.memory, self.coming) = (None, Coming::default());
+        self.handle_reset();
     }
 
     /// Takes a caller in, under a number.

@@ -131,6 +131,18 @@ impl Daemon {
         assert!(fd.is_some());
     }
 
+    /// Answers that it keeps away from the guest's memory, without which nobody stops.
+    fn quiet_while<T: Send>(&mut self, stops: impl FnOnce() -> T + Send) -> T {
+        std::thread::scope(|scope| {
+            let stopping = scope.spawn(stops);
+            assert_eq!(self.next().0, Message::FrontPaused {});
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(!stopping.is_finished());
+            self.carrier.send(&Message::FrontQuiet {}, vec![]).unwrap();
+            stopping.join().unwrap()
+        })
+    }
+
     /// What it hears of a guest that has booted.
     fn boot(&self) {
         self.memory();
@@ -406,7 +418,7 @@ fn the_daemon_may_come_late_go_and_come_back() {
 #[test]
 fn qemu_may_pause_reset_and_go() {
     let front = Front::start(&[]);
-    let daemon = Daemon::listen(&front, 1);
+    let mut daemon = Daemon::listen(&front, 1);
     // Once all that belongs to the daemon is there.
     drop(Guest::connect(&front));
     daemon.boot();
@@ -418,13 +430,14 @@ fn qemu_may_pause_reset_and_go() {
     let mut stream = daemon.stream();
     let features = guest.qemu.get_features().unwrap();
 
-    let base = guest.stop();
+    let base = daemon.quiet_while(|| guest.stop());
     stream.write_all(b"while it stands").unwrap();
     guest.start(base, features);
     daemon.memory();
+    assert_eq!(daemon.next().0, Message::FrontResumed {});
     assert_eq!(guest.hear().1, b"while it stands");
 
-    guest.stop();
+    daemon.quiet_while(|| guest.stop());
     // The driver of the new boot sets its rings up anew.
     let [areas, _] = [Guest::areas(0), Guest::areas(1)];
     guest.memory.write_slice(&vec![0; 0x8000], GuestAddress(areas[0])).unwrap();
@@ -568,8 +581,9 @@ fn a_driver_that_lies_harms_itself_only() {
     assert_eq!(stream.read(&mut [0; 1]).unwrap(), 0);
     let features = guest.qemu.get_features().unwrap();
     assert_eq!(features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(), 1 << 30);
-    // QEMU is still answered.
+    // QEMU is still answered, also for a daemon that is dead, or does not answer.
     guest.stop();
+    assert_eq!(daemon.next().0, Message::FrontPaused {});
     // Who talks nonsense instead of vhost-user is hung up on, and the next one served.
     drop(guest);
     let mut stranger = UnixStream::connect(front.socket()).unwrap();

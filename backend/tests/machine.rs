@@ -203,6 +203,12 @@ fn the_guests_memory_comes_region_by_region() {
     world.counts("memory-unsealed");
     front.send(&message, vec![sealed.clone()]).unwrap();
     memory(1 << 20);
+    let paused = || world.daemon.stat()["vports"][0]["machine"]["paused"] == true;
+    front.send(&Message::FrontPaused {}, vec![]).unwrap();
+    assert_eq!(hear(&mut front), Message::FrontQuiet {});
+    assert!(paused());
+    front.send(&Message::FrontResumed {}, vec![]).unwrap();
+    until("it is not resumed", || (!paused()).then_some(()));
     front.send(&Message::FrontGone {}, vec![]).unwrap();
     memory(0);
 }

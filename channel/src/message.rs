@@ -568,11 +568,19 @@ messages! {
         /// The port that it was opened to.
         host_port: u32,
     }
-    /// Front → backend: the guest has rebooted. Its streams have ended, and what was said of its memory's contents is void;
+    /// Front → backend: the guest has booted, for the first time or again, and runs. Its streams have ended, and what was said of its memory's contents is void;
     /// the table still holds.
     FrontReset = 44 {}
     /// Front → backend: the guest is gone, and its memory with it: the table is void.
     FrontGone = 45 {}
+    /// Front → backend: the guest stands still. It may be about to be reset, and its memory to be another's, so the
+    /// backend does not touch it from now on, and answers `FrontQuiet`; QEMU is kept waiting until then. `FrontResumed` or
+    /// `FrontReset` follows when the guest goes on, or boots.
+    FrontPaused = 46 {}
+    /// Backend → front: nothing of the guest's memory will be touched.
+    FrontQuiet = 47 {}
+    /// Front → backend: the guest goes on where it stood.
+    FrontResumed = 48 {}
 }
 
 #[cfg(all(test, not(loom)))]

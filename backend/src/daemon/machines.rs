@@ -94,6 +94,13 @@ impl Daemon {
                 }
             }
             Message::FrontReset {} if known => machine.handle_reset(),
+            // There are no rings in the guest's memory yet, so nobody touches it.
+            Message::FrontPaused {} if known => {
+                machine.paused = true;
+                let Some(front) = self.front(vport) else { return Ok(()) };
+                return front.carrier.send(&Message::FrontQuiet {}, vec![]);
+            }
+            Message::FrontResumed {} if known => machine.paused = false,
             Message::FrontGone {} if known => machine.handle_gone(),
             _ => {
                 self.metrics.drops.count("message-unexpected");

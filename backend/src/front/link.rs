@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, EventData, EventFlags};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vsocket_channel::message::{Message, Region};
 
 use crate::carrier::{self, Carrier, Gone};
@@ -24,6 +24,8 @@ use crate::carrier::{self, Carrier, Gone};
 pub const PIDFD: u64 = 5;
 /// The daemon is looked for this often while it is absent.
 const RETRY: Duration = Duration::from_millis(100);
+/// How long QEMU waits for a daemon that does not answer, when it stops the guest.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// What is known of the daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,6 +88,8 @@ pub struct Link {
     tables: u64,
     /// The daemon has not been told of a reboot, or an end.
     missed: bool,
+    /// The guest stands still.
+    paused: bool,
 }
 
 impl Link {
@@ -101,6 +105,7 @@ impl Link {
             retry_at: None,
             tables: 0,
             missed: false,
+            paused: false,
         }
     }
 
@@ -160,6 +165,8 @@ impl Link {
                 self.missed = false;
                 Some(News::Arrived)
             }
+            // To one who did not wait for it any more.
+            Ok(Some((Message::FrontQuiet {}, _))) if self.welcomed => self.handle_ready(now),
             Ok(Some((message, _))) => {
                 tracing::warn!(?message, "the daemon says what it never should");
                 Some(self.lose(now))
@@ -175,7 +182,7 @@ impl Link {
     pub fn handle_pidfd(&mut self, now: Instant) -> Option<News> {
         let known = self.known.as_ref()?;
         let mut fds = [PollFd::new(&known.pidfd, PollFlags::IN)];
-        if !matches!(poll(&mut fds, Some(&rustix::event::Timespec::default())), Ok(1)) {
+        if !matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1)) {
             return None;
         }
         self.known = None;
@@ -203,6 +210,46 @@ impl Link {
         }
     }
 
+    /// The guest stands still: waits until the daemon keeps its hands off the guest's memory, or is dead. It is not
+    /// waited for longer than [`PATIENCE`], for QEMU does not answer anybody meanwhile.
+    pub fn pause(&mut self) {
+        if std::mem::replace(&mut self.paused, true) || !self.tell(&Message::FrontPaused {}, None) {
+            return;
+        }
+        let end = Instant::now() + PATIENCE;
+        while let (Some(carrier), Some(known)) = (&mut self.carrier, &self.known) {
+            let gone = match carrier.flush().and_then(|()| carrier.receive_with()) {
+                Ok(Some((Message::FrontQuiet {}, _))) => return,
+                Ok(Some(_)) => continue,
+                Ok(None) => false,
+                Err(_) => true,
+            };
+            let left = end.saturating_duration_since(Instant::now());
+            let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            let mut fds = vec![PollFd::new(&known.pidfd, PollFlags::IN)];
+            if !gone {
+                fds.push(PollFd::new(carrier, PollFlags::IN));
+            }
+            match poll(&mut fds, Some(&timeout)) {
+                Ok(0) => {
+                    return tracing::error!(
+                        "the daemon does not say that it leaves the guest's memory alone"
+                    );
+                }
+                // Dead; the event loop hears of it as well.
+                Ok(_) if !fds[0].revents().is_empty() => return,
+                _ => {}
+            }
+        }
+    }
+
+    /// The guest goes on, unless it has booted, or never stood still.
+    pub fn tell_resumed(&mut self) {
+        if std::mem::take(&mut self.paused) {
+            self.tell(&Message::FrontResumed {}, None);
+        }
+    }
+
     /// Hands a stream over; false if there is nobody who takes it.
     pub fn tell_stream(&mut self, id: u64, guest_port: u32, host_port: u32, end: OwnedFd) -> bool {
         self.tell(&Message::FrontStream { id, guest_port, host_port }, Some(end))
@@ -210,18 +257,23 @@ impl Link {
 
     /// The guest has rebooted.
     pub fn tell_reset(&mut self) {
+        self.paused = false;
         self.missed |= !self.tell(&Message::FrontReset {}, None);
     }
 
     /// The guest is gone.
     pub fn tell_gone(&mut self) {
+        self.paused = false;
         self.missed |= !self.tell(&Message::FrontGone {}, None);
     }
 
     /// What happened while the daemon was not there: of a guest that went and came back, the later boot counts.
     pub fn tell_what_was_missed(&mut self) {
         if std::mem::take(&mut self.missed) {
-            self.tell_gone();
+            self.missed = !self.tell(&Message::FrontGone {}, None);
+        }
+        if self.paused {
+            self.tell(&Message::FrontPaused {}, None);
         }
     }
 

@@ -4,13 +4,17 @@
 //! What is offered is what a stream device needs and nothing more: no multiqueue, no indirect descriptors, no log, no
 //! requests of ours to QEMU. A request that is wrong ends the session. QEMU stops the queues (`GET_VRING_BASE`) and starts
 //! them with the same base when it pauses the guest; with another base, or none, when the guest has reset the device.
+//! Which of the two it will be is not known when they stop, so the daemon leaves the guest's memory alone before QEMU is
+//! answered.
 
 #![forbid(unsafe_code)]
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use rustix::event::epoll;
@@ -27,6 +31,7 @@ use vm_memory::{
 };
 use vsocket_channel::message::Region;
 
+use super::link::Link;
 use super::vring::Vring;
 
 /// The queue of packets to the guest.
@@ -44,6 +49,8 @@ pub enum Event {
     Memory,
     /// The guest has set the device up anew.
     Rebooted,
+    /// Both queues are set up: the guest runs.
+    Running,
 }
 
 /// A part of the guest's memory, as QEMU knows it.
@@ -59,6 +66,7 @@ struct Mapping {
 pub struct Session {
     cid: u64,
     epoll: Arc<OwnedFd>,
+    link: Rc<RefCell<Link>>,
     acked: u64,
     memory: GuestMemoryMmap,
     mappings: Vec<Mapping>,
@@ -73,10 +81,11 @@ pub struct Session {
 
 impl Session {
     /// For the guest with this CID; kicks are watched in `epoll`, with the queue's number plus `KICK`.
-    pub fn new(cid: u64, epoll: Arc<OwnedFd>) -> Self {
+    pub fn new(cid: u64, epoll: Arc<OwnedFd>, link: Rc<RefCell<Link>>) -> Self {
         Self {
             cid,
             epoll,
+            link,
             acked: 0,
             memory: GuestMemoryMmap::default(),
             mappings: Vec::new(),
@@ -274,6 +283,8 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         self.at(index)?;
         self.unwatch(index as usize);
+        // What is answered below lets QEMU go on, to a reset perhaps.
+        self.link.borrow_mut().pause();
         let base = self.vrings[index as usize].stop(&self.memory);
         self.stopped[index as usize] = Some(base);
         (self.at_zero[index as usize], self.rebooted) = (false, false);
@@ -289,6 +300,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         epoll::add(&self.epoll, &kick, token, epoll::EventFlags::IN)
             .map_err(|e| Error::ReqHandlerError(e.into()))?;
         self.vrings[usize::from(index)].start(&self.memory, kick);
+        if self.vrings.iter_mut().all(|vring| vring.queue().ready()) {
+            self.events.push_back(Event::Running);
+        }
         Ok(())
     }
 

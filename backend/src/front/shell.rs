@@ -5,10 +5,12 @@
 
 #![forbid(unsafe_code)]
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -56,7 +58,7 @@ pub struct Front {
     ends: HashMap<u64, OwnedFd>,
     /// Streams that wait for what becomes of the daemon.
     parked: Vec<(u64, u32, u32)>,
-    link: Link,
+    link: Rc<RefCell<Link>>,
     signals: Option<UnixStream>,
     stopping: bool,
     payload: Vec<u8>,
@@ -78,7 +80,7 @@ impl Front {
         let epoll = Arc::new(epoll);
         let front = Self {
             streams: Streams::new(cid, port, options.streams),
-            link: Link::new(options.daemon.clone(), cid, epoll.clone()),
+            link: Rc::new(RefCell::new(Link::new(options.daemon.clone(), cid, epoll.clone()))),
             options,
             epoll,
             listener,
@@ -122,7 +124,8 @@ impl Front {
                 self.end();
                 return Ok(());
             }
-            let until = self.link.next_deadline().map(|at| at.saturating_duration_since(Instant::now()));
+            let until =
+                self.link.borrow().next_deadline().map(|at| at.saturating_duration_since(Instant::now()));
             let timeout = if more { Some(Duration::ZERO) } else { until };
             let timeout = timeout.map(|t| rustix::event::Timespec {
                 tv_sec: t.as_secs() as i64,
@@ -162,7 +165,13 @@ impl Front {
 
     fn accept(&mut self) {
         let Ok((stream, _)) = self.listener.accept() else { return };
-        let session = Arc::new(Mutex::new(Session::new(self.options.cid.into(), self.epoll.clone())));
+        // The request handler takes nothing else, though one thread has it all.
+        #[allow(clippy::arc_with_non_send_sync)]
+        let session = Arc::new(Mutex::new(Session::new(
+            self.options.cid.into(),
+            self.epoll.clone(),
+            self.link.clone(),
+        )));
         // One at a time: the next may connect, and waits.
         let watched = stream
             .set_nonblocking(false)
@@ -189,8 +198,9 @@ impl Front {
                 Event::Rebooted => {
                     self.streams.handle_guest_gone();
                     self.obey();
-                    self.link.tell_reset();
+                    self.link.borrow_mut().tell_reset();
                 }
+                Event::Running => self.link.borrow_mut().tell_resumed(),
             }
         }
     }
@@ -204,7 +214,7 @@ impl Front {
         self.qemu = None;
         self.streams.handle_guest_gone();
         self.obey();
-        self.link.tell_gone();
+        self.link.borrow_mut().tell_gone();
         tracing::info!(drops = ?self.streams.drops.iter().collect::<Vec<_>>(), "session over");
         if let Err(error) = self.watch(&self.listener, LISTENER, EventFlags::IN) {
             tracing::error!(%error, "cannot listen for QEMU any more");
@@ -388,7 +398,8 @@ impl Front {
     }
 
     fn open(&mut self, id: u64, guest_port: u32, host_port: u32) {
-        match self.link.state() {
+        let state = self.link.borrow().state();
+        match state {
             State::Absent => self.streams.handle_refused(id, "daemon-absent"),
             State::Unknown => self.parked.push((id, guest_port, host_port)),
             State::Up => match self.hand_over(id, guest_port, host_port) {
@@ -410,7 +421,7 @@ impl Front {
         // Edges: what is ready is remembered, and a hang-up is told once.
         let edges = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
         self.watch(&end, STREAM + id, edges)?;
-        if !self.link.tell_stream(id, guest_port, host_port, theirs) {
+        if !self.link.borrow_mut().tell_stream(id, guest_port, host_port, theirs) {
             return Err(io::ErrorKind::NotConnected.into());
         }
         Ok(end)
@@ -454,9 +465,10 @@ impl Front {
     // ------------------------------------------------------------ the daemon
 
     fn look_for_daemon(&mut self) {
-        if self.link.handle_timeout(Instant::now())
-            && let Some(socket) = self.link.socket()
-        {
+        if !self.link.borrow_mut().handle_timeout(Instant::now()) {
+            return;
+        }
+        if let Some(socket) = self.link.borrow().socket() {
             let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
             if let Err(error) = self.watch(socket, LINK, flags) {
                 tracing::warn!(%error, "cannot watch the daemon");
@@ -465,13 +477,16 @@ impl Front {
     }
 
     fn link_ready(&mut self) {
-        while let Some(news) = self.link.handle_ready(Instant::now()) {
+        loop {
+            let news = self.link.borrow_mut().handle_ready(Instant::now());
+            let Some(news) = news else { return };
             self.take_news(news);
         }
     }
 
     fn pidfd_ready(&mut self) {
-        if let Some(news) = self.link.handle_pidfd(Instant::now()) {
+        let news = self.link.borrow_mut().handle_pidfd(Instant::now());
+        if let Some(news) = news {
             self.take_news(news);
         }
     }
@@ -483,7 +498,7 @@ impl Front {
                 if news == News::Arrived {
                     self.streams.handle_daemon_gone();
                 }
-                self.link.tell_what_was_missed();
+                self.link.borrow_mut().tell_what_was_missed();
                 self.tell_memory();
                 self.unpark();
             }
@@ -505,7 +520,7 @@ impl Front {
 
     fn tell_memory(&mut self) {
         if let Some(qemu) = &self.qemu {
-            self.link.tell_memory(lock(&qemu.session).regions());
+            self.link.borrow_mut().tell_memory(lock(&qemu.session).regions());
         }
     }
 

@@ -7,7 +7,9 @@ const QEMU: u64 = 0x7000_0000_0000;
 
 fn session() -> Session {
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
-    let mut session = Session::new(7, Arc::new(epoll));
+    let epoll = Arc::new(epoll);
+    let link = Link::new("/nonexistent/daemon".into(), 7, epoll.clone());
+    let mut session = Session::new(7, epoll, Rc::new(RefCell::new(link)));
     session.set_features(VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()).unwrap();
     session
 }
@@ -37,7 +39,7 @@ fn stop(session: &mut Session) -> [u32; 2] {
 }
 
 fn events(session: &mut Session) -> Vec<Event> {
-    std::iter::from_fn(|| session.poll_event()).collect()
+    std::iter::from_fn(|| session.poll_event()).filter(|event| *event != Event::Running).collect()
 }
 
 #[test]
