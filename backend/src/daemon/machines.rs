@@ -118,11 +118,12 @@ impl Daemon {
         front.carrier.send(&welcome, vec![pidfd])
     }
 
-    /// Its streams, if it is not dead, are still there; the memory it will tell again.
+    /// Its streams, if it is not dead, are still there; the memory, and whether the guest stands
+    /// still, it will tell again.
     fn detach_front(&mut self, vport: u32, gone: &Gone) {
         let Some(machine) = self.machine(vport) else { return };
         let Some(front) = machine.front.take() else { return };
-        machine.memory = None;
+        (machine.memory, machine.paused) = (None, false);
         self.unwatch(front.carrier.raw_fd());
         if let Some(name) = gone.name() {
             self.metrics.drops.count(name);
