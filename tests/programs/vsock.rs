@@ -32,7 +32,7 @@ fn main() -> ExitCode {
         ("echo", &[cid, port, bytes]) => echo_all(cid, port, bytes, 1),
         ("echo", &[cid, port, bytes, streams]) => echo_all(cid, port, bytes, streams),
         ("half", &[cid, port, bytes]) => half(cid, port, bytes),
-        ("slow", &[cid, port, bytes]) => echo(cid, port, b'S', bytes),
+        ("slow", &[cid, port, bytes]) => connect(cid, port).and_then(|socket| echo(socket, b'S', bytes)),
         ("abort", &[cid, port, bytes, streams]) => abort(cid, port, bytes, streams),
         ("hold", &[cid, port]) => hold(cid, port),
         ("refused", &[cid, port]) => refused(cid, port),
@@ -89,8 +89,7 @@ fn wrong(what: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
-fn echo(cid: u64, port: u64, mode: u8, bytes: u64) -> io::Result<String> {
-    let socket = connect(cid, port)?;
+fn echo(socket: Socket, mode: u8, bytes: u64) -> io::Result<String> {
     let sender = socket.try_clone()?;
     let sending = thread::spawn(move || -> io::Result<()> {
         send(&sender, mode, bytes)?;
@@ -120,8 +119,12 @@ fn echo(cid: u64, port: u64, mode: u8, bytes: u64) -> io::Result<String> {
 }
 
 fn echo_all(cid: u64, port: u64, bytes: u64, streams: u64) -> io::Result<String> {
+    // All are open before the first byte goes: the kernel waits no longer than two seconds for an answer, and the
+    // machine is emulated.
+    let open: Vec<_> = (0..streams).map(|_| connect(cid, port)).collect::<Result<_, _>>()?;
     let begun = Instant::now();
-    let all: Vec<_> = (0..streams).map(|_| thread::spawn(move || echo(cid, port, b'E', bytes))).collect();
+    let all: Vec<_> =
+        open.into_iter().map(|socket| thread::spawn(move || echo(socket, b'E', bytes))).collect();
     let mut worst = Ok(());
     for one in all {
         let result = one.join().map_err(|_| wrong("a stream panicked".to_owned()))?;
