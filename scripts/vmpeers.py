@@ -69,14 +69,14 @@ class Sockets:
     def rr(self, _size):
         address = f"{self.address}:{self.port}"
         self.serve("rr", "listening", "stream", "serve", address)
-        rounds = 1000
-        report = self.start("client", "stream", "echo", address, "--rounds", str(rounds), "--size", "64").report(LIMIT)
-        return report["seconds"] / rounds * 1e6
+        command = ["stream", "echo", address, "--rounds", "4000", "--size", "64"]
+        # The median: a connection is upgraded once, at its beginning, and the real machine interrupts the emulated one.
+        return self.start("client", *command).report(LIMIT)["median_us"]
 
     def stream(self, size):
         port = str(self.port + 1)
         self.serve("stream", "listening", "iperf3", "-s", "-B", self.address, "-p", port, "--forceflush")
-        command = ["iperf3", "-c", self.address, "-p", port, "-l", size.upper(), "-t", "3", "-J"]
+        command = ["iperf3", "-c", self.address, "-p", port, "-l", size.upper(), "-O", "1", "-t", "3", "-J"]
         end = json.loads(self.start("client", *command).ok(LIMIT))["end"]
         value = end["sum_received"]["bits_per_second"] / 8e6
         check(value > 0, "iperf3 received nothing")
@@ -86,9 +86,9 @@ class Sockets:
         port, clients = str(self.port + 2), test.rpartition("c")[2]
         server = f"redis-server --bind {self.address} --port {port} --protected-mode no --save".split()
         self.serve("redis", "Ready to accept", *server, "")
-        # A short run to learn how many requests a second and a half takes.
+        # A short run to learn how many requests two seconds take.
         rate = self.requests(port, clients, 300)
-        return self.requests(port, clients, max(300, int(rate * 1.5)))
+        return self.requests(port, clients, max(300, int(rate * 2)))
 
     def requests(self, port, clients, n):
         command = ["redis-benchmark", "-h", self.address, "-p", port, "-t", "get", "-c", clients, "-n", str(n), "--csv"]
@@ -119,6 +119,27 @@ class Rsocket(Sockets):
                 return float(found[2]) * 1000 / 8
             finally:
                 server.kill()
+
+
+class Smc(Sockets):
+    """SMC sockets of the kernel; without a queue pair of theirs that sends, it is TCP after all.
+
+    With Linux 6.1 it always is. SMC says nothing over a queue pair whose `cur_qp_state` is not RTS, which is what Soft-RoCE
+    reports of one that is. So the first message, which confirms the link, is refused (ENOLINK), the queue pair put into ERR,
+    and the other end waits five seconds for that message before both fall back.
+    """
+
+    def pairs(self):
+        pairs = self.lab.json("exec", "h1", "--", "rdma", "-j", "resource", "show", "qp")
+        return [pair["state"] for pair in pairs if "smc" in pair.get("comm", "")]
+
+    def measure(self, measure):
+        try:
+            value = super().measure(measure)
+        except Failure as failure:
+            raise Failure(f"queue pairs of SMC-R: {', '.join(self.pairs()) or 'none'}: {failure}") from None
+        check("RTS" in self.pairs(), f"fell back to TCP; queue pairs of SMC-R: {self.pairs()}")
+        return value
 
 
 class Verbs:
@@ -178,18 +199,13 @@ class Peers:
             Sockets("kernel TCP", lab, 7100, RDMA),
             Sockets("TCP over VXLAN", lab, 7200, "198.51.100.3", in_guest("exec", "a"), in_guest("exec", "c")),
             Rsocket("rsocket", lab, 7300, RDMA, *[("env", f"LD_PRELOAD={rspreload}")] * 2),
-            Sockets("SMC-R", lab, 7400, RDMA, *[("env", "LD_PRELOAD=/tmp/libsmc.so")] * 2, self.is_smc),
+            Smc("SMC-R", lab, 7400, RDMA, *[("env", "LD_PRELOAD=/tmp/libsmc.so")] * 2),
             Verbs(lab),
             Sockets(
                 "vsocket", lab, 7500, "198.51.100.3", in_guest("run", "a"), in_guest("run", "c"), self.is_accelerated
             ),
         ]
         self.carried = 0
-
-    def is_smc(self):
-        """Without a queue pair of the kernel's SMC it was TCP after all."""
-        pairs = self.lab.json("exec", "h1", "--", "rdma", "-j", "resource", "show", "qp")
-        check(any("smc" in pair.get("comm", "") for pair in pairs), "the kernel fell back to TCP")
 
     def is_accelerated(self):
         stat = self.lab.json("exec", "h1", "--", "lab", "vsocket", "a", "stat", "--json")
@@ -250,7 +266,8 @@ def table(rows, head):
         failed = f"  {len(row['values'])} rounds of it, for one failed" if "error" in row else ""
         yield line.format(row["measure"], row["peer"], f"{row['median']:,.4g}", row["unit"], *ratios) + failed
     yield ""
-    yield "rr-64: a round trip of 64 bytes. Ratios above 1 are better than kernel TCP, or than verbs by themselves."
+    yield "rr-64: a round trip of 64 bytes, the median of 4,000."
+    yield "Ratios above 1 are better than kernel TCP, or than verbs by themselves."
 
 
 def main():

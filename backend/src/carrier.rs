@@ -22,7 +22,7 @@ use rustix::net::{
 };
 use vsocket_channel::message::{MAX_FDS, MESSAGE_LEN, Malformed, Message};
 
-/// Messages that may wait for one receiver.
+/// Messages that may wait for one receiver, besides those that its connections are owed.
 const OUTBOX: usize = 4096;
 
 /// Why a carrier is of no more use.
@@ -66,12 +66,13 @@ pub struct Carrier {
     sent: usize,
     /// On a stream, the beginning of a message.
     beginning: Option<Vec<u8>>,
+    limit: usize,
 }
 
 impl From<OwnedFd> for Carrier {
     /// A connected, non-blocking SEQPACKET socket.
     fn from(socket: OwnedFd) -> Self {
-        Self { socket, outbox: VecDeque::new(), sent: 0, beginning: None }
+        Self { socket, outbox: VecDeque::new(), limit: OUTBOX, sent: 0, beginning: None }
     }
 }
 
@@ -155,6 +156,12 @@ impl Carrier {
         self.beginning.is_none()
     }
 
+    /// The receiver has up to so many connections, to each of which something may happen at the same moment.
+    #[must_use]
+    pub fn for_connections(self, most: u32) -> Self {
+        Self { limit: OUTBOX + 2 * most as usize, ..self }
+    }
+
     /// For registration with the event loop.
     pub fn raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
@@ -224,7 +231,7 @@ impl Carrier {
                 return Ok(());
             }
         }
-        if self.outbox.len() >= OUTBOX {
+        if self.outbox.len() >= self.limit {
             return Err(Gone::NotReading);
         }
         self.outbox.push_back((image, fds));
@@ -320,6 +327,15 @@ mod tests {
         let (mut a, _b) = pair();
         let result = (0..2 * OUTBOX as u64).try_for_each(|n| a.send(&Message::Ping { n }, vec![]));
         assert!(matches!(result, Err(Gone::NotReading)));
+    }
+
+    #[test]
+    fn all_connections_of_a_guest_may_be_withdrawn_at_once() {
+        let (a, _b) = pair();
+        let mut a = a.for_connections(10_000);
+        for n in 0..20_000 {
+            a.send(&Message::Ping { n }, vec![]).unwrap();
+        }
     }
 
     #[test]

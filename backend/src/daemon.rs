@@ -1,8 +1,9 @@
 //! The daemon: one thread that owns everything, and the only place that waits.
 //!
 //! A turn does what the kernel reported, then what pairing wants, then moves bytes. While bytes move it polls, and yields
-//! the processor on every pass that found nothing; after 50 µs without work it announces its sleep in every slab it
-//! shares, looks once more, and blocks. A host whose guests use only `direct` lanes just blocks.
+//! the processor on every pass that found nothing, and on each where there is only one; after a while without work
+//! ([`rhythm`]) it announces its sleep in every slab that it has looked at, looks once more, and blocks. A host whose guests
+//! use only `direct` lanes just blocks.
 
 #![forbid(unsafe_code)]
 
@@ -31,16 +32,13 @@ mod guests;
 #[cfg(feature = "vm")]
 mod machines;
 mod peers;
+mod rhythm;
 mod start;
 mod tools;
 
 pub use peers::{Link, LinkEvent};
 pub use start::{Error, run};
 
-/// Polling goes on for so long without work.
-const SPIN: Duration = Duration::from_micros(50);
-/// While polling, the kernel is asked at least this often.
-const ASK: Duration = Duration::from_micros(50);
 /// An orderly end waits for guests to leave at most this long.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -147,8 +145,6 @@ pub struct Daemon {
     peers: Option<peers::Peers>,
     /// When the peers were last looked at.
     watched: Instant,
-    /// Slabs whose bell is ours.
-    rung: Vec<u64>,
     /// Sockets that may hold more than one turn may take.
     more: Vec<Source>,
     /// Turns of the loop: an idle daemon makes none.
@@ -201,7 +197,6 @@ impl Daemon {
             overlay: Overlay::default(),
             peers: None,
             watched: Instant::now(),
-            rung: Vec::new(),
             more: Vec::new(),
             passes: 0,
             ending: None,
@@ -242,7 +237,9 @@ impl Daemon {
     /// If waiting itself fails.
     pub fn run(mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(256);
-        let (mut worked_at, mut asked_at) = (Instant::now(), Instant::now());
+        let mut rhythm = rhythm::Rhythm::new(Instant::now());
+        // With one processor, whoever is to take what was just posted runs only if this one lets it.
+        let only = rustix::thread::sched_getaffinity(None).is_ok_and(|set| set.count() == 1);
         loop {
             if self.stop.flag.load(Ordering::Acquire) && self.ending.is_none() {
                 self.ending = Some(Instant::now());
@@ -252,12 +249,10 @@ impl Daemon {
             self.settle();
             let worked = self.move_bytes();
             let now = Instant::now();
-            if worked {
-                worked_at = now;
-            }
-            let polls = self.data.as_ref().is_some_and(|data| !data.is_idle()) && now < worked_at + SPIN;
-            if polls && now < asked_at + ASK && self.more.is_empty() {
-                if !worked {
+            rhythm.passed(now, worked);
+            let polls = self.data.as_ref().is_some_and(|data| !data.is_idle()) && rhythm.spins(now);
+            if polls && !rhythm.asks(now) && self.more.is_empty() {
+                if !worked || only {
                     rustix::thread::sched_yield();
                 }
                 continue;
@@ -280,11 +275,8 @@ impl Daemon {
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
                 _ => {}
             }
-            asked_at = Instant::now();
-            if slept {
-                worked_at = asked_at;
-                self.wake();
-            }
+            let now = Instant::now();
+            rhythm.asked(now, slept);
             for event in &events {
                 if let Some(source) = Source::of(event.token()) {
                     self.handle(source);
@@ -294,7 +286,7 @@ impl Daemon {
             for source in std::mem::take(&mut self.more) {
                 self.handle(source);
             }
-            self.handle_time(asked_at);
+            self.handle_time(now);
         }
     }
 
@@ -307,38 +299,20 @@ impl Daemon {
         worked
     }
 
-    /// Announces that we sleep, and looks once more: true if there is really nothing.
+    /// Announces that we sleep, and looks once more: true if there is really nothing. What was announced stands until
+    /// its slab is looked at again.
     fn may_sleep(&mut self) -> bool {
-        let Some(data) = &mut self.data else { return true };
-        data.arm();
-        for number in &self.rung {
-            if let Some(slab) = self.pool.slab(*number) {
-                slab.memory.header().bells[1][0].announce();
-            }
-        }
-        let idle = !data.pass(&mut self.metrics.drops, true);
-        if !idle {
-            self.wake();
-        }
-        idle
-    }
-
-    /// Takes the announcements back.
-    fn wake(&mut self) {
-        for number in &self.rung {
-            if let Some(slab) = self.pool.slab(*number) {
-                slab.memory.header().bells[1][0].awake(true);
-            }
-        }
+        self.data.as_mut().is_none_or(|data| data.rest(&mut self.metrics.drops))
     }
 
     fn handle_time(&mut self, now: Instant) {
         self.pairing.handle_timeout(now);
         self.watch_peers(now);
-        if let Some(data) = &mut self.data
-            && data.fabric.next_deadline().is_some_and(|at| at <= now)
-        {
-            data.fabric.handle_timeout(now);
+        if let Some(data) = &mut self.data {
+            data.cool(now, &mut self.metrics.drops);
+            if data.fabric.next_deadline().is_some_and(|at| at <= now) {
+                data.fabric.handle_timeout(now);
+            }
         }
     }
 
@@ -355,7 +329,12 @@ impl Daemon {
     fn handle(&mut self, source: Source) {
         match source {
             Source::Waker => self.link_ready(),
-            Source::Fabric | Source::Bell(_) => {}
+            Source::Fabric => {}
+            Source::Bell(number) => {
+                if let Some(data) = &mut self.data {
+                    data.bell(number);
+                }
+            }
             Source::Signal => self.stop.flag.store(true, Ordering::Release),
             #[cfg(feature = "vm")]
             Source::Listener(vport) if self.vports[vport as usize].machine.is_some() => {

@@ -27,8 +27,9 @@
 //! # Driving it
 //!
 //! One thread owns a fabric. A turn of its loop: post what there is, [`flush`](Fabric::flush) once, take events with
-//! [`poll`](Fabric::poll) until `None`, and only then sleep on the descriptor ([`AsFd`]) and
-//! [`next_deadline`](Fabric::next_deadline). Skipping the "until `None`" before a sleep may lose the wake-up.
+//! [`poll`](Fabric::poll) until `None`. Before it sleeps on the descriptor ([`AsFd`]) and
+//! [`next_deadline`](Fabric::next_deadline) it says so ([`rest`](Fabric::rest)) and polls until `None` once more; skipping
+//! either may lose the wake-up. A loop that does not sleep need not: being woken may cost system calls, polling does not.
 //! Nothing here allocates per message once queues have reached their working size.
 //!
 //! ```
@@ -518,8 +519,12 @@ pub trait Fabric: Send + AsFd {
     /// Starts what was posted since the last time. One system call per queue pair, not per message.
     fn flush(&mut self);
 
-    /// The next event, doing what I/O it takes; `None` when there is nothing more to do until the descriptor is readable.
+    /// The next event, doing what I/O it takes; `None` when there is nothing more to do now.
     fn poll(&mut self) -> Option<Event<'_>>;
+
+    /// Before a sleep: the descriptor is to become readable for whatever happens from here on. What has happened before
+    /// is told by [`poll`](Self::poll), which is to be asked until `None` once more. In most fabrics it always is so.
+    fn rest(&mut self) {}
 
     /// When [`handle_timeout`](Self::handle_timeout) wants to be called; `None` while nothing is being set up.
     fn next_deadline(&self) -> Option<Instant>;

@@ -21,7 +21,7 @@
 #![forbid(unsafe_code)]
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -160,7 +160,7 @@ pub struct Pairing {
     by_tuple: HashMap<(u32, Tuple), EndId>,
     stays: HashMap<u64, Stay>,
     /// Parties that have not left yet: (end, generation) → stay and place in it.
-    parties: HashMap<(EndId, u32), (u64, usize)>,
+    parties: BTreeMap<(EndId, u32), (u64, usize)>,
     peers_up: HashSet<u32>,
     qps: HashSet<(u32, u32)>,
     /// Why the last attempt at a queue pair came to nothing.
@@ -193,7 +193,7 @@ impl Pairing {
             ends: HashMap::new(),
             by_tuple: HashMap::new(),
             stays: HashMap::new(),
-            parties: HashMap::new(),
+            parties: BTreeMap::new(),
             peers_up: HashSet::new(),
             qps: HashSet::new(),
             no_qp: HashMap::new(),
@@ -284,7 +284,8 @@ impl Pairing {
         }
         vport.ends += 1;
         // A closed connection of this number may not have left all its generations yet.
-        let held = self.parties.keys().filter(|(end, _)| *end == id).map(|(_, g)| g.saturating_add(1)).max();
+        let held = self.parties.range((id, 0)..=(id, u32::MAX)).next_back();
+        let held = held.map(|((_, generation), _)| generation.saturating_add(1));
         let min_generation = min_generation.max(held.unwrap_or(1));
         let state = EndState::Open;
         let end =

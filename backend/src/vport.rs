@@ -68,7 +68,8 @@ impl Vport {
     ///
     /// What `accept` says.
     pub fn accept(&self) -> io::Result<Option<Carrier>> {
-        carrier::accept(&self.listener)
+        let carrier = carrier::accept(&self.listener)?;
+        Ok(carrier.map(|carrier| carrier.for_connections(self.config.max_connections)))
     }
 
     /// Sends to the agent, if there is one that has said `Hello`.

@@ -612,7 +612,8 @@ fn the_descriptor_wakes_a_sleeper(mut pair: Pair) {
     poll.registry().register(&mut SourceFd(&fd), mio::Token(0), mio::Interest::READABLE).unwrap();
     let mut events = mio::Events::with_capacity(4);
     for round in 0..20 {
-        // Asleep only after poll() has said None, as the contract asks.
+        // Asleep only after poll() has said None once more, as the contract asks.
+        pair.ends[1].rest();
         while pair.ends[1].poll().is_some() {}
         poll.poll(&mut events, Some(Duration::ZERO)).unwrap();
         pair.send(0, a.qp, round, b"wake").unwrap();

@@ -39,7 +39,7 @@ impl Carrier {
     /// The same connection under a high number: the low ones are the application's.
     #[must_use]
     pub fn lifted(self) -> Self {
-        Self(rustix::io::fcntl_dupfd_cloexec(&self.0, 900).unwrap_or(self.0))
+        Self(crate::program::descriptors::lift(self.0))
     }
 
     /// A listener at `path`, which must not exist.

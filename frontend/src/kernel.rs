@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 use vsocket_channel::message::Tuple;
 
-/// The anchor's counters, taken while they did not move.
+/// The anchor's counters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Counters {
     /// Bytes this end has put into the anchor since the connection began.
@@ -65,15 +65,32 @@ pub fn counters(fd: impl AsFd, connector: bool) -> io::Result<Option<Counters>> 
         let after = tcp_info(fd)?;
         let key = |i: &libc::tcp_info| (i.tcpi_bytes_acked, i.tcpi_bytes_received, i.tcpi_state);
         if key(&before) == key(&after) {
-            let tx = (after.tcpi_bytes_acked + out).saturating_sub(u64::from(connector));
-            let rx = after.tcpi_bytes_received.saturating_sub(inq);
-            let state = after.tcpi_state;
-            let sends = matches!(state, TCP_ESTABLISHED | TCP_CLOSE_WAIT);
-            return Ok(Some(Counters { tx, rx, established: state == TCP_ESTABLISHED, sends }));
+            return Ok(Some(Counters::of(&after, out, inq, connector)));
         }
         before = after;
     }
     Ok(None)
+}
+
+/// Counters that may be too high by what moves while they are read, never too low by what moved before. Always there:
+/// beside a busy program every call here waits for the socket's lock, and [`counters`] may find no quiet moment.
+pub fn counters_at_least(fd: impl AsFd, connector: bool) -> io::Result<Counters> {
+    let fd = fd.as_fd();
+    let (out, inq) = (unsent(fd)?, unread(fd)?);
+    Ok(Counters::of(&tcp_info(fd)?, out, inq, connector))
+}
+
+impl Counters {
+    /// From `TCP_INFO` and the queues' lengths before it.
+    fn of(info: &libc::tcp_info, out: u64, inq: u64, connector: bool) -> Self {
+        let state = info.tcpi_state;
+        Self {
+            tx: (info.tcpi_bytes_acked + out).saturating_sub(u64::from(connector)),
+            rx: info.tcpi_bytes_received.saturating_sub(inq),
+            established: state == TCP_ESTABLISHED,
+            sends: matches!(state, TCP_ESTABLISHED | TCP_CLOSE_WAIT),
+        }
+    }
 }
 
 /// The socket's addresses, if it is a TCP socket over IPv4 or IPv6 with a peer.
@@ -159,6 +176,7 @@ mod tests {
         let (ca, cb) = (counters(&a, true).unwrap().unwrap(), counters(&b, false).unwrap().unwrap());
         assert_eq!((ca.tx, ca.rx, cb.tx, cb.rx), (1000, 50, 50, 300));
         assert!(ca.established && cb.established);
+        assert_eq!((counters_at_least(&a, true).unwrap(), counters_at_least(&b, false).unwrap()), (ca, cb));
         assert_eq!(tuple(&a).unwrap(), tuple(&b).unwrap().mirrored());
         abort(&a);
         assert_eq!(b.read(&mut [0; 2000]).unwrap(), 700, "what had arrived stays readable");

@@ -143,21 +143,15 @@ fn fabric(raw: &Spanned<raw::Fabric>, control: SocketAddr) -> Checked<Fabric> {
     };
     let needs_listen =
         || fault("fabric", raw, "needs listen: without an RDMA device peers dial this address");
-    // Not "auto" unless asked for: over verbs a connection in a crowd has been seen to stall (README, what is not done).
-    let kind = table.kind.as_ref().map_or("soft", |kind| kind.as_ref().as_str());
+    let kind = table.kind.as_ref().map_or("auto", |kind| kind.as_ref().as_str());
     match (kind, listen, &table.kind) {
         ("auto", Some(listen), _) => Ok(Fabric::Auto { listen, device }),
-        ("soft", Some(listen), at) => {
+        ("soft", Some(listen), Some(at)) => {
             let chooses = table.device.is_some() || table.netdev.is_some() || table.address.is_some();
-            match at {
-                Some(at) if chooses => {
-                    fault("fabric.kind", at, "\"soft\" has no device, netdev or address to choose")
-                }
-                None if chooses => {
-                    fault("fabric", raw, "a device, netdev or address needs kind = \"verbs\" or \"auto\"")
-                }
-                _ => Ok(Fabric::Soft { listen }),
+            if chooses {
+                return fault("fabric.kind", at, "\"soft\" has no device, netdev or address to choose");
             }
+            Ok(Fabric::Soft { listen })
         }
         ("verbs", _, Some(at)) if !cfg!(feature = "verbs") => {
             fault("fabric.kind", at, "this vsocketd is built without verbs; use \"soft\" or \"auto\"")

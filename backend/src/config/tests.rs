@@ -65,7 +65,7 @@ fn the_fabric_may_be_chosen_by_device() {
     let listen = "192.0.2.1:4790".parse().unwrap();
     let device = Device { underlay: "192.0.2.1".parse().ok(), ..Device::default() };
     let auto = Fabric::Auto { listen, device: device.clone() };
-    assert_eq!(fabric("listen = \"192.0.2.1:4790\"").unwrap(), Fabric::Soft { listen });
+    assert_eq!(fabric("listen = \"192.0.2.1:4790\"").unwrap(), auto);
     assert_eq!(fabric("kind = \"auto\"\nlisten = \"192.0.2.1:4790\"").unwrap(), auto);
     let verbs = fabric("kind = \"verbs\"\ndevice = \"rxe0\"\nnetdev = \"eth0\"\naddress = \"192.0.2.7\"");
     if cfg!(feature = "verbs") {

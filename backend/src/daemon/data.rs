@@ -1,28 +1,33 @@
 //! The data path: flows, and the fabric under them.
 //!
-//! One pass takes what the fabric has received, lets each flow send what it has, and hands all of it to the fabric at
-//! once. What changes the life of a flow is only noted here, and done by the control side after the pass.
+//! One pass takes what the fabric has received, lets each flow of a warm slab send what it has, and hands all of it to
+//! the fabric at once. What changes the life of a flow is only noted here, and done by the control side after the pass.
 
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
 use std::fmt;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::sync::Arc;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::time::Instant;
 
-use vsocket_channel::layout::BELLS;
 use vsocket_channel::reason::Reason;
 use vsocket_vxlan::{Error as VxlanError, PayloadAt, decapsulate};
 
+use self::flows::{Entry, Flows};
+use self::out::Out;
+use self::shelves::Shelves;
 use crate::capture::{Payload, Tap, Taps, Way};
-use crate::fabric::{
-    Access, Disconnect, DomainId, Event, Fabric, LocalRange, MemoryKey, PostError, QpId, RemoteAddress,
-    Signal, WorkId,
-};
-use crate::flow::{Fault, Flow, FlowKey, Heard, Transmit, key_of};
+use crate::fabric::{Access, Disconnect, DomainId, Event, Fabric, MemoryKey, QpId, RemoteAddress};
+use crate::flow::{Fault, Flow, Heard, key_of};
 use crate::metrics::{Named, Traffic};
 use crate::peer::message::RegionRef;
 use crate::slab::Slab;
+
+mod flows;
+mod out;
+mod shelves;
+#[cfg(test)]
+mod tests;
 
 /// Events of the fabric that one pass takes, so that flows get to send.
 const EVENTS: usize = 512;
@@ -34,25 +39,6 @@ pub(super) enum Notice {
     Quiet { flow: u64 },
     QpUp(QpId),
     QpDown(QpId, Reason),
-}
-
-/// A flow with what it needs outside itself.
-#[derive(Debug)]
-pub(super) struct Entry {
-    pub id: u64,
-    pub peer: u32,
-    pub vport: u32,
-    pub flow: Flow,
-    pub qp: QpId,
-    lkey: u32,
-    far: RemoteAddress,
-    bells: [Arc<OwnedFd>; BELLS],
-    /// Which captures want its segments.
-    tapped: u8,
-    /// Reported as failed: it is not reported again.
-    failed: bool,
-    /// Forgotten but for its last word to the peer.
-    leaving: bool,
 }
 
 /// A queue pair, up or in the making.
@@ -71,76 +57,21 @@ pub(super) struct Data {
     pub fabric: Box<dyn Fabric>,
     /// Why it is this one.
     pub why: String,
-    /// Dense: every pass visits all of them.
-    entries: Vec<Entry>,
-    by_id: HashMap<u64, usize>,
-    by_key: HashMap<(QpId, FlowKey), usize>,
+    flows: Flows,
+    shelves: Shelves,
     pub pairs: Vec<Pair>,
     keys: HashMap<(u64, DomainId), MemoryKey>,
     pub notices: Vec<Notice>,
     taps: Taps,
-    /// A flow has said its last word.
-    left: bool,
+    /// Flows that have said their last word.
+    left: Vec<usize>,
+    /// Slabs that are about to turn cold.
+    cooling: Vec<usize>,
 }
 
 impl fmt::Debug for Data {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Data").field("flows", &self.entries.len()).finish_non_exhaustive()
-    }
-}
-
-/// One flow's way out for the time of a call.
-struct Out<'a> {
-    fabric: &'a mut dyn Fabric,
-    qp: QpId,
-    lkey: u32,
-    far: RemoteAddress,
-    bells: &'a [Arc<OwnedFd>; BELLS],
-    posted: bool,
-    broken: bool,
-    /// Only while a capture wants the flow's segments.
-    tap: Option<(&'a mut Taps, u8, u32)>,
-}
-
-impl Out<'_> {
-    fn posted(&mut self, result: Result<(), PostError>) -> bool {
-        match result {
-            Ok(()) => {
-                self.posted = true;
-                true
-            }
-            // Either there is room later, or the end of the queue pair is about to be reported.
-            Err(PostError::Full | PostError::NotConnected) => false,
-            Err(_) => {
-                self.broken = true;
-                false
-            }
-        }
-    }
-}
-
-impl Transmit for Out<'_> {
-    fn send(&mut self, header: &[u8], payload: &[u8]) -> bool {
-        let result = self.fabric.post_send(self.qp, WorkId(0), &[header, payload], Signal::No);
-        self.posted(result)
-    }
-
-    fn write(&mut self, offset: usize, place: u64, len: usize) -> bool {
-        let local = LocalRange { lkey: self.lkey, offset, len };
-        let remote = RemoteAddress { rkey: self.far.rkey, address: self.far.address.wrapping_add(place) };
-        let result = self.fabric.post_write(self.qp, WorkId(0), local, remote, Signal::No);
-        self.posted(result)
-    }
-
-    fn ring(&mut self, bell: usize) {
-        // A bell that is full has been rung.
-        let _ = rustix::io::write(&self.bells[bell], &1u64.to_ne_bytes());
-    }
-
-    fn sent(&mut self, header: &[u8], payload: Payload<'_>) {
-        if let Some((taps, mask, peer)) = &mut self.tap {
-            taps.take(*mask, Way::Tx, *peer, header, payload);
-        }
+        f.debug_struct("Data").field("flows", &self.flows.len()).finish_non_exhaustive()
     }
 }
 
@@ -149,14 +80,14 @@ impl Data {
         Self {
             fabric,
             why: "given".to_owned(),
-            entries: Vec::new(),
-            by_id: HashMap::new(),
-            by_key: HashMap::new(),
+            flows: Flows::default(),
+            shelves: Shelves::default(),
             pairs: Vec::new(),
             keys: HashMap::new(),
             notices: Vec::new(),
             taps: Taps::default(),
-            left: false,
+            left: Vec::new(),
+            cooling: Vec::new(),
         }
     }
 
@@ -165,30 +96,100 @@ impl Data {
     }
 
     pub fn is_idle(&self) -> bool {
-        self.entries.is_empty()
+        self.flows.len() == 0
     }
 
-    pub fn entries(&self) -> &[Entry] {
-        &self.entries
+    pub fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.flows.iter()
     }
 
-    /// One pass. Says whether it found anything to do. `resting`: before a sleep, nothing is left unacknowledged.
+    /// Whether bytes that this peer got are not acknowledged. A slab with such a flow is warm.
+    pub fn waits_for(&self, peer: u32) -> bool {
+        let mut warm = self.shelves.warm_flows().filter_map(|at| self.flows.get(at));
+        warm.any(|entry| entry.peer == peer && entry.flow.is_waiting())
+    }
+
+    /// One pass. Says whether it found anything to do. `resting`: nothing is left unacknowledged.
     pub fn pass(&mut self, drops: &mut Named, resting: bool) -> bool {
         let heard = self.hear(drops);
+        let (mut sent, mut n) = (false, 0);
+        while let Some(shelf) = self.shelves.nth_warm(n) {
+            sent |= self.visit(shelf, drops, resting);
+            n += 1;
+        }
+        self.finish(sent);
+        heard || sent || !self.notices.is_empty()
+    }
+
+    /// Before a sleep: the fabric is to wake us, and every slab turns cold, if it can. True if there is really nothing to do.
+    pub fn rest(&mut self, drops: &mut Named) -> bool {
+        self.fabric.rest();
+        let worked = self.cool_down(None, drops);
+        !worked && self.notices.is_empty()
+    }
+
+    /// Slabs that have been idle for long enough turn cold.
+    pub fn cool(&mut self, now: Instant, drops: &mut Named) {
+        self.cool_down(Some(now), drops);
+    }
+
+    /// Announces on the bells of the slabs that are due, looks once more, and lets those turn cold in which nothing was
+    /// found. Says whether anything was.
+    fn cool_down(&mut self, now: Option<Instant>, drops: &mut Named) -> bool {
+        let mut due = std::mem::take(&mut self.cooling);
+        due.clear();
+        self.shelves.due(now, &mut due);
+        due.iter().for_each(|shelf| self.announce(*shelf));
+        // What the fabric has warms its slab by itself. Who is about to sleep must know that there is nothing.
+        let mut worked = now.is_none() && self.hear(drops);
         let mut sent = false;
-        for entry in &mut self.entries {
-            if entry.failed {
-                continue;
+        for at in &due {
+            let found = self.visit(*at, drops, true);
+            sent |= found;
+            if let Some(shelf) = self.shelves.get(*at) {
+                shelf.looked(found);
             }
+        }
+        worked |= sent;
+        self.shelves.chill();
+        self.finish(sent);
+        self.cooling = due;
+        worked
+    }
+
+    /// Who publishes in this slab from now on rings, also who makes room in a ring that a peer waits for.
+    fn announce(&mut self, shelf: usize) {
+        let Some(shelf) = self.shelves.get(shelf) else { return };
+        shelf.flows.iter().filter_map(|at| self.flows.get(*at)).for_each(|entry| entry.flow.arm());
+        shelf.announce();
+    }
+
+    /// The bell of this slab was rung.
+    pub fn bell(&mut self, number: u64) {
+        if let Some(shelf) = self.shelves.find(number) {
+            self.shelves.warm(shelf);
+        }
+    }
+
+    /// Lets the flows of a slab send. Says whether one had anything to do.
+    fn visit(&mut self, shelf: usize, drops: &mut Named, resting: bool) -> bool {
+        let Some(shelf) = self.shelves.get(shelf) else { return false };
+        let (mut worked, mut held) = (false, false);
+        for at in &shelf.flows {
+            let Some(entry) = self.flows.get_mut(*at).filter(|entry| !entry.failed) else { continue };
             let fabric = &mut *self.fabric;
             let Entry { qp, lkey, far, ref bells, tapped, peer, .. } = *entry;
             let tap = (tapped != 0).then_some((&mut self.taps, tapped, peer));
-            let mut out = Out { fabric, qp, lkey, far, bells, posted: false, broken: false, tap };
+            let (posted, refused, broken) = (false, false, false);
+            let mut out = Out { fabric, qp, lkey, far, bells, posted, refused, broken, tap };
             let result = entry.flow.pump(&mut out, resting);
-            self.left |= entry.leaving && !entry.flow.owes_end();
+            held |= out.refused || entry.flow.is_waiting();
+            if entry.leaving && !entry.flow.owes_end() {
+                self.left.push(*at);
+            }
             let reason = match result {
-                Ok(worked) => {
-                    sent |= worked || out.posted;
+                Ok(found) => {
+                    worked |= found || out.posted;
                     out.broken.then_some(Reason::FabricDown)
                 }
                 Err(_) => {
@@ -201,14 +202,22 @@ impl Data {
                 self.notices.push(Notice::Failed { flow: entry.id, reason });
             }
         }
+        shelf.held = held;
+        if worked {
+            shelf.touch();
+        }
+        worked
+    }
+
+    /// Starts what was posted, and forgets who has said his last word.
+    fn finish(&mut self, sent: bool) {
         if sent {
             self.fabric.flush();
         }
         self.taps.publish();
-        if std::mem::take(&mut self.left) {
-            self.purge(|entry| entry.leaving && !entry.flow.owes_end());
+        while let Some(at) = self.left.pop() {
+            self.take_out(at);
         }
-        heard || sent || !self.notices.is_empty()
     }
 
     /// Takes what the fabric has.
@@ -217,12 +226,9 @@ impl Data {
             let Some(event) = self.fabric.poll() else { return taken > 0 };
             match event {
                 Event::Received { qp, payload } => {
-                    let vni = self.pairs.iter().find(|p| p.qp == qp).map(|p| p.vni);
-                    let at = vni.ok_or("segment-queue-pair").and_then(|vni| {
-                        let (entries, taps) = (&mut self.entries, &mut self.taps);
-                        receive(entries, &self.by_key, qp, vni, payload, &mut self.notices, taps)
-                    });
-                    if let Err(name) = at {
+                    let Self { flows, shelves, pairs, notices, taps, .. } = self;
+                    let mut ears = Ears { flows, shelves, pairs, notices, taps };
+                    if let Err(name) = ears.receive(qp, payload) {
                         drops.count(name);
                     }
                 }
@@ -240,11 +246,6 @@ impl Data {
             }
         }
         true
-    }
-
-    /// Before a sleep: who makes room in a ring that a peer waits for is to ring.
-    pub fn arm(&self) {
-        self.entries.iter().for_each(|entry| entry.flow.arm());
     }
 
     /// The memory key of a slab in a domain, registering it if it is new there.
@@ -283,27 +284,14 @@ impl Data {
         pair: Pair,
         key: MemoryKey,
         flow: Flow,
-        bells: [Arc<OwnedFd>; BELLS],
+        (number, slab): (u64, &Slab),
     ) {
-        let at = self.entries.len();
-        self.by_id.insert(id, at);
-        self.by_key.insert((pair.qp, flow.key()), at);
         let far = RemoteAddress { rkey: 0, address: 0 };
-        let (peer, qp, lkey) = (pair.peer, pair.qp, key.lkey);
+        let (peer, qp, lkey, bells) = (pair.peer, pair.qp, key.lkey, slab.bells[0].clone());
         let tapped = self.taps.mask(vport, flow.identity());
-        self.entries.push(Entry {
-            id,
-            peer,
-            vport,
-            flow,
-            qp,
-            lkey,
-            far,
-            bells,
-            tapped,
-            failed: false,
-            leaving: false,
-        });
+        let shelf = self.shelves.put(number, &slab.memory, self.flows.next_place());
+        let (failed, leaving) = (false, false);
+        self.flows.add(Entry { id, peer, vport, flow, qp, lkey, far, bells, shelf, tapped, failed, leaving });
     }
 
     /// Begins a capture; false if there are as many as may be.
@@ -326,56 +314,47 @@ impl Data {
     }
 
     fn tap_flows(&mut self) {
-        for entry in &mut self.entries {
+        for entry in self.flows.iter_mut() {
             entry.tapped = self.taps.mask(entry.vport, entry.flow.identity());
         }
     }
 
     /// The peer of a flow receives there.
     pub fn ready(&mut self, id: u64, rx: RegionRef) {
-        if let Some(entry) = self.by_id.get(&id).and_then(|at| self.entries.get_mut(*at)) {
+        if let Some(entry) = self.flows.by_id(id) {
             entry.far = RemoteAddress { rkey: rx.stag, address: rx.base };
             entry.flow.ready(rx.len);
+            self.shelves.warm(entry.shelf);
         }
     }
 
     /// A flow is to write nothing more.
     pub fn stop(&mut self, id: u64) {
-        if let Some(entry) = self.by_id.get(&id).and_then(|at| self.entries.get_mut(*at)) {
+        if let Some(entry) = self.flows.by_id(id) {
             entry.failed = false;
             entry.flow.stop();
+            self.shelves.warm(entry.shelf);
         }
     }
 
     /// Forgets a flow, at the latest when it has told the peer so: the vport it served, and what it has carried.
     pub fn remove(&mut self, id: u64) -> Option<(u32, Traffic)> {
-        let at = self.by_id.remove(&id)?;
-        let entry = &mut self.entries[at];
+        let at = self.flows.forget(id)?;
+        let entry = self.flows.get_mut(at)?;
         let carried = (entry.vport, std::mem::take(&mut entry.flow.traffic));
         entry.leaving = true;
         let qp = entry.qp;
-        if !entry.flow.owes_end() || !self.pairs.iter().any(|p| p.qp == qp) {
+        if entry.flow.owes_end() && self.pairs.iter().any(|p| p.qp == qp) {
+            self.shelves.warm(entry.shelf);
+        } else {
             self.take_out(at);
         }
         Some(carried)
     }
 
     fn take_out(&mut self, at: usize) {
-        let entry = self.entries.swap_remove(at);
-        self.by_key.remove(&(entry.qp, entry.flow.key()));
-        if let Some(moved) = self.entries.get(at) {
-            if !moved.leaving {
-                self.by_id.insert(moved.id, at);
-            }
-            self.by_key.insert((moved.qp, moved.flow.key()), at);
-        }
-    }
-
-    fn purge(&mut self, gone: impl Fn(&Entry) -> bool) {
-        for at in (0..self.entries.len()).rev() {
-            if gone(&self.entries[at]) {
-                self.take_out(at);
-            }
+        if let Some(entry) = self.flows.take(at) {
+            self.shelves.take(entry.shelf, at);
         }
     }
 
@@ -390,7 +369,9 @@ impl Data {
         let pair = self.pairs.swap_remove(at);
         self.fabric.close_domain(pair.domain);
         self.keys.retain(|(_, domain), _| *domain != pair.domain);
-        self.purge(|entry| entry.leaving && entry.qp == qp);
+        for at in self.flows.places(|entry| entry.leaving && entry.qp == qp) {
+            self.take_out(at);
+        }
         Some(pair)
     }
 }
@@ -405,49 +386,61 @@ fn reason_of(lost: &Disconnect) -> Reason {
     }
 }
 
-/// Gives a message of the fabric to its flow, or says by name why not.
-fn receive(
-    entries: &mut [Entry],
-    by_key: &HashMap<(QpId, FlowKey), usize>,
-    qp: QpId,
-    vni: u32,
-    message: &[u8],
-    notices: &mut Vec<Notice>,
-    taps: &mut Taps,
-) -> Result<(), &'static str> {
-    let (segment, header_len, len, ahead) = match decapsulate(message, PayloadAt::Inline) {
-        Ok((segment, header_len, len)) => (segment, header_len, len, false),
-        Err(VxlanError::PayloadTruncated) => {
-            let (segment, header_len, len) =
-                decapsulate(message, PayloadAt::Elsewhere).map_err(|_| "segment-malformed")?;
-            (segment, header_len, len, true)
+/// What hears messages of the fabric, while the fabric still holds them.
+struct Ears<'a> {
+    flows: &'a mut Flows,
+    shelves: &'a mut Shelves,
+    pairs: &'a [Pair],
+    notices: &'a mut Vec<Notice>,
+    taps: &'a mut Taps,
+}
+
+impl Ears<'_> {
+    /// Gives a message of the fabric to its flow, or says by name why not.
+    fn receive(&mut self, qp: QpId, message: &[u8]) -> Result<(), &'static str> {
+        let (segment, header_len, len, ahead) = match decapsulate(message, PayloadAt::Inline) {
+            Ok((segment, header_len, len)) => (segment, header_len, len, false),
+            Err(VxlanError::PayloadTruncated) => {
+                let (segment, header_len, len) =
+                    decapsulate(message, PayloadAt::Elsewhere).map_err(|_| "segment-malformed")?;
+                (segment, header_len, len, true)
+            }
+            Err(_) => return Err("segment-malformed"),
+        };
+        let vni = segment.vni;
+        // A flow's tenant is its queue pair's.
+        let entry = self.flows.by_key(qp, key_of(&segment)).filter(|e| e.flow.identity().vni == vni);
+        let Some(entry) = entry else { return Err(stray(self.pairs, qp, vni.number())) };
+        self.shelves.warm(entry.shelf);
+        let payload = if ahead { None } else { message.get(header_len..) };
+        let handled = entry.flow.handle(&segment, payload, len);
+        if entry.tapped != 0 {
+            // Also what was dropped: it was on the wire.
+            let payload = payload.map_or_else(|| entry.flow.ahead(segment.seq, len), Payload::Inline);
+            self.taps.take(entry.tapped, Way::Rx, entry.peer, &message[..header_len], payload);
         }
-        Err(_) => return Err("segment-malformed"),
-    };
-    if segment.vni.number() != vni {
-        return Err("segment-vni");
-    }
-    let entry = by_key.get(&(qp, key_of(&segment))).and_then(|at| entries.get_mut(*at));
-    let entry = entry.ok_or("segment-stale-or-unknown")?;
-    let payload = if ahead { None } else { message.get(header_len..) };
-    let handled = entry.flow.handle(&segment, payload, len);
-    if entry.tapped != 0 {
-        // Also what was dropped: it was on the wire.
-        let payload = payload.map_or_else(|| entry.flow.ahead(segment.seq, len), Payload::Inline);
-        taps.take(entry.tapped, Way::Rx, entry.peer, &message[..header_len], payload);
-    }
-    let failed = match handled {
-        Ok(Heard::Segment) => return Ok(()),
-        Ok(Heard::End) => {
-            notices.push(Notice::Quiet { flow: entry.id });
-            return Ok(());
+        let failed = match handled {
+            Ok(Heard::Segment) => return Ok(()),
+            Ok(Heard::End) => {
+                self.notices.push(Notice::Quiet { flow: entry.id });
+                return Ok(());
+            }
+            Err(Fault::Peer(drop)) if !drop.is_fatal() => return Err(drop.name()),
+            Err(Fault::Peer(drop)) => drop.name(),
+            Err(Fault::Guest(_)) => "ring-index",
+        };
+        if !std::mem::replace(&mut entry.failed, true) {
+            self.notices.push(Notice::Failed { flow: entry.id, reason: Reason::Violation });
         }
-        Err(Fault::Peer(drop)) if !drop.is_fatal() => return Err(drop.name()),
-        Err(Fault::Peer(drop)) => drop.name(),
-        Err(Fault::Guest(_)) => "ring-index",
-    };
-    if !std::mem::replace(&mut entry.failed, true) {
-        notices.push(Notice::Failed { flow: entry.id, reason: Reason::Violation });
+        Err(failed)
     }
-    Err(failed)
+}
+
+/// Why a segment belongs to no flow.
+fn stray(pairs: &[Pair], qp: QpId, vni: u32) -> &'static str {
+    match pairs.iter().find(|pair| pair.qp == qp) {
+        None => "segment-queue-pair",
+        Some(pair) if pair.vni != vni => "segment-vni",
+        Some(_) => "segment-stale-or-unknown",
+    }
 }

@@ -79,12 +79,10 @@ impl Daemon {
                     if let Err(error) = self.watch(bell, Source::Bell(number), Interest::READABLE) {
                         tracing::warn!(%error, "cannot watch a bell");
                     }
-                    self.rung.push(number);
                 }
                 Change::Gone(number, slab) => {
                     if slab.is_fabric() {
                         self.unwatch(slab.bells[1][0].as_raw_fd());
-                        self.rung.retain(|n| *n != number);
                         self.with_data(|data| data.forget_slab(number));
                     }
                 }

@@ -176,7 +176,8 @@ impl Daemon {
         if std::mem::replace(&mut machine.registered, true) || self.vports[vport as usize].agent.is_some() {
             return self.metrics.drops.count("second-agent");
         }
-        self.attach(vport, carrier);
+        let most = self.vports[vport as usize].config.max_connections;
+        self.attach(vport, carrier.for_connections(most));
         if let Err(gone) = self.agent_says(vport, hello) {
             self.detach(vport, &gone);
         }

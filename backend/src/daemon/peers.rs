@@ -228,9 +228,7 @@ impl Daemon {
         let mut fallen = Vec::new();
         for (n, state) in peers.states.iter_mut().enumerate() {
             let number = n as u32;
-            let waits = state.connected
-                && !state.silent
-                && data.entries().iter().any(|e| e.peer == number && e.flow.is_waiting());
+            let waits = state.connected && !state.silent && data.waits_for(number);
             if !waits {
                 state.watch = None;
                 continue;
@@ -448,7 +446,7 @@ impl Daemon {
         let ring_at = view.ring_offset(vsocket_channel::Side::One) as u64;
         let rx = RegionRef { stag: key.rkey, base: key.base + ring_at, len: view.rings[1].len() as u64 };
         let flow = Flow::new(Identity { vni, macs, tuple, generation }, view);
-        data.add(start.flow, start.end.vport, pair, key, flow, slab.bells[0].clone());
+        data.add(start.flow, start.end.vport, pair, key, flow, (number, slab));
         if let Some(rx) = start.rx {
             data.ready(start.flow, rx);
         }

@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use crossbeam_channel::Receiver;
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{Daemon, Link, LinkEvent, Overlay};
@@ -16,6 +17,9 @@ use crate::fabric::soft::{Options, Soft};
 use crate::fabric::{self, Fabric};
 use crate::peer::message::{HostName, PeerMessage};
 use crate::peer::{self, PeerEvent, PeerHandle, Peers};
+
+/// Descriptors that the table has room for from the start: 512 KiB of the kernel's memory.
+const DESCRIPTORS: i32 = 1 << 16;
 
 /// Why the daemon cannot run, or had to stop.
 #[derive(Debug, thiserror::Error)]
@@ -109,11 +113,17 @@ pub fn run(config: Config) -> Result<(), Error> {
     daemon.run().map_err(Error::Wait)
 }
 
-/// Each slab has up to nine descriptors, so we take as many as we may.
+/// Each slab has up to nine descriptors, so we take as many as we may. The table is made large before there are threads:
+/// with them its growth would stop the data path for an RCU grace period, tens of milliseconds.
 fn raise_descriptors() {
     let limit = getrlimit(Resource::Nofile);
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
         tracing::warn!(%error, "cannot raise the limit of open descriptors");
+    }
+    let last = limit.maximum.map_or(DESCRIPTORS, |most| DESCRIPTORS.min(most as i32)) - 1;
+    if let Ok(fd) = eventfd(0, EventfdFlags::CLOEXEC) {
+        // Closed at once; the table stays.
+        let _ = rustix::io::fcntl_dupfd_cloexec(&fd, last);
     }
 }
 

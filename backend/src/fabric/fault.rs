@@ -165,6 +165,10 @@ impl<F: Fabric> Fabric for Faulty<F> {
         inner.or_else(|| self.room.pop().map(|qp| Event::Room { qp }))
     }
 
+    fn rest(&mut self) {
+        self.inner.rest();
+    }
+
     fn next_deadline(&self) -> Option<Instant> {
         self.inner.next_deadline()
     }

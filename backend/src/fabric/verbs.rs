@@ -67,7 +67,7 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// When all is dropped, farewells have so long.
 const LAST_FAREWELL: Duration = Duration::from_millis(300);
 
-/// Batches of completions between two questions to the operating system, under load.
+/// Looks for completions between two questions to the operating system, while there is no rest.
 const LOOKS: u32 = 256;
 
 struct Slot {
@@ -184,6 +184,10 @@ impl Verbs {
 
     /// A new queue pair without a peer.
     fn insert(&mut self, domain: DomainId, vni: u32, secret: Secret, now: Instant) -> Result<usize, Error> {
+        if self.station.as_ref().is_some_and(|station| !station.stands()) {
+            // What stands on the address that was lost is lost too; perhaps there is another.
+            self.lose_device();
+        }
         let (pd, count) = (self.pd(domain)?, self.links().count());
         let index = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Slot { generation: 0, link: None });
@@ -299,6 +303,10 @@ impl Verbs {
                 return self.fail(index, reason);
             }
             Ok(Heard::Connected) => self.happened.push_back(Event::Connected { qp }),
+            // Nobody takes it any more. With its slot not given back, what else the peer has under way is flushed there.
+            Ok(Heard::Nothing) if self.slots[index].link.as_ref().is_some_and(|link| link.is_leaving()) => {
+                return;
+            }
             Ok(Heard::Nothing) => {}
             Err(error) => return self.fail(index, Disconnect::Io(error.kind())),
         }
@@ -337,22 +345,34 @@ impl Verbs {
 
     /// Asks the operating system what has happened besides.
     fn ask(&mut self) {
-        let Some(station) = &self.station else { return };
+        if self.station.is_none() {
+            return;
+        }
         let mut ready = [const { std::mem::MaybeUninit::uninit() }; 4];
         let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
         // An interrupted wait is asked again by the caller's loop.
         let Ok((ready, _)) = epoll::wait(&self.epoll, &mut ready, Some(&zero)) else { return };
-        if ready.is_empty() {
-            return;
+        let is_channel = |event: &epoll::Event| event.data.u64() == station::CHANNEL;
+        let (woken, else_what) = (ready.iter().any(is_channel), !ready.iter().all(is_channel));
+        if woken {
+            self.disarm();
         }
-        let channel = station.channel.clone();
-        while let Some(token) = channel.next_event() {
+        while else_what && let Some(incident) = self.station.as_ref().and_then(Station::next_incident) {
+            self.suffer(incident);
+        }
+    }
+
+    /// Takes the events of queues that were armed; there is at most one of each.
+    fn disarm(&mut self) {
+        let Some(channel) = self.station.as_ref().map(|station| station.channel.clone()) else { return };
+        let mut armed = self.links().filter(|(_, link)| link.armed).count();
+        while armed > 0
+            && let Some(token) = channel.next_event()
+        {
+            armed -= 1;
             if let Some(link) = self.link(token) {
                 link.armed = false;
             }
-        }
-        while let Some(incident) = self.station.as_ref().and_then(Station::next_incident) {
-            self.suffer(incident);
         }
     }
 
@@ -382,7 +402,7 @@ impl Verbs {
     /// The device is gone, and everything on it.
     fn lose_device(&mut self) {
         let Some(station) = self.station.take() else { return };
-        tracing::warn!(device = station.context.name(), "the device is gone");
+        tracing::warn!(device = station.context.name(), "the device, or its address, is gone");
         for index in 0..self.slots.len() {
             self.fail(index, Disconnect::DeviceGone);
         }
@@ -391,42 +411,26 @@ impl Verbs {
         station.forget(&self.epoll);
     }
 
-    /// Sees to it that the next completion wakes a sleeper: true if there may be one already.
-    fn arm(&mut self) -> bool {
-        let (mut armed, mut lost) = (false, None);
-        for (index, slot) in self.slots.iter_mut().enumerate() {
-            let Some(link) = slot.link.as_deref_mut().filter(|link| !link.armed) else { continue };
+    /// Sees to it that the next completion wakes a sleeper.
+    fn arm(&mut self) {
+        for index in 0..self.slots.len() {
+            let Some(link) = self.link(index).filter(|link| !link.armed) else { continue };
             match link.completions().arm() {
-                Ok(()) => (link.armed, armed) = (true, true),
-                Err(_) => lost = Some(index),
+                Ok(()) => link.armed = true,
+                Err(_) => self.fail(index, Disconnect::DeviceGone),
             }
         }
-        if let Some(index) = lost {
-            self.fail(index, Disconnect::DeviceGone);
-            return true;
-        }
-        armed
     }
 
-    /// Looks for something to handle; false if a sleeper would be woken for the next.
+    /// Looks for something to handle. Without a system call but now and then: arming and hearing that one was woken cost
+    /// several, and wake others as well.
     fn look(&mut self) -> bool {
         // Also a fabric that never rests hears of its device's end.
         self.looks = self.looks.wrapping_add(1);
         if self.looks.is_multiple_of(LOOKS) {
             self.ask();
         }
-        loop {
-            if self.take_batch() {
-                return true;
-            }
-            self.ask();
-            if !self.happened.is_empty() {
-                return true;
-            }
-            if !self.arm() {
-                return false;
-            }
-        }
+        self.take_batch() || !self.happened.is_empty()
     }
 }
 
@@ -617,6 +621,11 @@ impl Fabric for Verbs {
         let link = self.slots[index].link.as_deref()?;
         self.lent = Some((link.id, slot));
         Some(Event::Received { qp: link.id, payload: link.receives.message(slot, len).get(1..)? })
+    }
+
+    fn rest(&mut self) {
+        self.ask();
+        self.arm();
     }
 
     fn next_deadline(&self) -> Option<Instant> {

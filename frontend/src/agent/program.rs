@@ -237,12 +237,11 @@ impl Agent {
     }
 
     fn check(&self, fd: &OwnedFd, moved: (u64, u64), connector: bool) -> Result<u64, Reason> {
-        let counters = kernel::counters(fd, connector).map_err(|_| Reason::NotEstablished)?;
-        let counters = counters.ok_or(Reason::Busy)?;
+        // The program goes on meanwhile, and brings the record up to date when it takes it; only prepare compares exactly.
+        let counters = kernel::counters_at_least(fd, connector).map_err(|_| Reason::NotEstablished)?;
         if !counters.established {
             return Err(Reason::NotEstablished);
         }
-        // The program goes on meanwhile, and brings the record up to date when it takes it; only prepare compares exactly.
         if counters.tx < moved.0 || counters.rx < moved.1 {
             return Err(Reason::Untrackable);
         }

@@ -153,7 +153,8 @@ impl Endpoint<'_> {
         // The ring may have been filled before the anchor was written: its index counts only if read after the peek.
         let ready = bound.rx().available(rx.off).map_err(|_| self.violated(Violation::Index))?;
         let n = match peeked {
-            Ok(0) if ready == 0 => {
+            // The application itself may have shut it for reading.
+            Ok(0) if ready == 0 && !self.record.is(status::RX_EOF) => {
                 // The kernel's FIN without a REWIND: the whole guest, or its agent and program, died.
                 self.broken();
                 return Err(Errno::CONNRESET);

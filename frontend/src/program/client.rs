@@ -2,6 +2,7 @@
 //! noticed by a counter in shared memory on busy paths, and by the control socket in every set that sleeps.
 
 use super::conn::{Conn, ConnRef, Shared};
+use super::descriptors::lift;
 use super::epoll;
 use super::table::{self, Slot};
 use super::wait;
@@ -233,11 +234,6 @@ fn agent_path() -> PathBuf {
     std::env::var_os(AGENT_VARIABLE).map_or_else(|| PathBuf::from(AGENT_DEFAULT), PathBuf::from)
 }
 
-/// Moves one of our own descriptors out of the low numbers, which are the application's.
-fn lift(fd: OwnedFd) -> OwnedFd {
-    rustix::io::fcntl_dupfd_cloexec(&fd, 900).unwrap_or(fd)
-}
-
 impl Client {
     fn new() -> Self {
         Self {
@@ -351,6 +347,7 @@ impl Client {
                 if let Some(conn) = self.conns.get(&record) {
                     conn.kernel_in.store(1, Ordering::Release);
                     conn.kernel_out.store(1, Ordering::Release);
+                    conn.stir();
                 }
             }
             _ => self.lost_agent(),
@@ -492,6 +489,7 @@ impl Client {
             }
             conn.record().ready.store(0, Ordering::Release);
             conn.kernel_in.store(1, Ordering::Release);
+            conn.stir();
         }
         for (fd, epoch) in self.opening.values() {
             if let Some(slot) = table::slot(*fd).filter(|s| s.epoch.load(Ordering::Relaxed) == *epoch) {

@@ -1,11 +1,12 @@
 //! A connection that was opened with the agent, as this process sees it.
 
 use super::client::SlabEntry;
+use super::epoll::EpollSet;
 use crate::endpoint::Endpoint;
 use crate::memory::{Bound, Records};
 use crate::record::Record;
 use rustix::fd::{BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// A connection. The objects are pooled and never freed, so a stale pointer names at worst another connection, which
@@ -34,6 +35,40 @@ pub struct Conn {
     /// How long the next spin may be, in nanoseconds.
     pub spin: AtomicU32,
     rest: Mutex<Rest>,
+    /// Its places in epoll sets.
+    members: Mutex<Vec<Arc<Member>>>,
+    /// How many those are, for a look without the lock.
+    memberships: AtomicU32,
+}
+
+/// A connection's place in an epoll set.
+pub struct Member {
+    /// Which.
+    pub set: &'static EpollSet,
+    /// Under which descriptor number.
+    pub fd: i32,
+    serial: AtomicU32,
+    /// The set was told of a change, and has not looked yet.
+    stirred: AtomicBool,
+}
+
+impl Member {
+    /// The set gives the place its number.
+    pub fn settle(&self, serial: u32) {
+        self.serial.store(serial, Ordering::Relaxed);
+    }
+
+    /// The set is about to look.
+    pub fn seen(&self) {
+        // Acquire: what changed before it was told is seen by the look.
+        self.stirred.swap(false, Ordering::AcqRel);
+    }
+
+    fn stir(&self) {
+        if !self.stirred.swap(true, Ordering::AcqRel) {
+            self.set.stir(self.fd, self.serial.load(Ordering::Relaxed));
+        }
+    }
 }
 
 /// What is touched rarely.
@@ -93,7 +128,60 @@ impl Conn {
             blocked: AtomicU32::new(0),
             spin: AtomicU32::new(0),
             rest: Mutex::new(Rest::default()),
+            members: Mutex::new(Vec::new()),
+            memberships: AtomicU32::new(0),
         }
+    }
+
+    /// The connection gets a place in an epoll set.
+    pub fn join(&self, set: &'static EpollSet, fd: i32) -> Arc<Member> {
+        let (serial, stirred) = (AtomicU32::new(0), AtomicBool::new(false));
+        let member = Arc::new(Member { set, fd, serial, stirred });
+        if let Ok(mut members) = self.members.lock() {
+            members.push(member.clone());
+            self.memberships.store(members.len() as u32, Ordering::SeqCst);
+        }
+        member
+    }
+
+    /// It has the place no longer.
+    pub fn part(&self, member: &Arc<Member>) {
+        if let Ok(mut members) = self.members.lock() {
+            members.retain(|other| !Arc::ptr_eq(other, member));
+            self.memberships.store(members.len() as u32, Ordering::SeqCst);
+        }
+    }
+
+    /// Its places in epoll sets.
+    pub fn members(&self) -> Vec<Arc<Member>> {
+        self.members.lock().map(|members| members.clone()).unwrap_or_default()
+    }
+
+    /// Whether it is in any epoll set.
+    pub fn has_members(&self) -> bool {
+        self.memberships.load(Ordering::Relaxed) != 0
+    }
+
+    /// Something has changed that neither the kernel's socket nor a bell tells: sets that hold the connection are to
+    /// look at it. They are not woken.
+    pub fn stir(&self) {
+        if !self.has_members() {
+            return;
+        }
+        if let Ok(members) = self.members.lock() {
+            members.iter().for_each(|member| member.stir());
+        }
+    }
+
+    /// Does something that may change the lane, and tells the sets if it did.
+    pub fn stirring<T>(&self, act: impl FnOnce() -> T) -> T {
+        let status = || self.record().status.load(Ordering::Relaxed);
+        let before = status();
+        let done = act();
+        if status() != before {
+            self.stir();
+        }
+        done
     }
 
     /// The record.

@@ -1,6 +1,7 @@
 //! Fork: the child shares the parent's connections, and talks to the agent over a socket of its own.
 
 use super::client;
+use super::descriptors;
 use super::wait;
 use crate::carrier::Carrier;
 use std::sync::Mutex;
@@ -29,6 +30,17 @@ extern "C" fn in_child() {
     OWNER.store(std::process::id(), Ordering::Relaxed);
     let carrier = PENDING.lock().ok().and_then(|mut p| p.take());
     client::after_fork(carrier);
+}
+
+extern "C" fn reserve() {
+    descriptors::reserve();
+}
+
+/// Before the program has a second thread, and in each child before it has one: room for our descriptors.
+pub fn at_load() {
+    descriptors::reserve();
+    // SAFETY: as in `install`. A child has a descriptor table of the size of what it inherits.
+    unsafe { libc::pthread_atfork(None, None, Some(reserve)) };
 }
 
 /// Begins to follow forks of this process.

@@ -9,6 +9,7 @@
 
 pub mod client;
 pub mod conn;
+pub mod descriptors;
 pub mod epoll;
 pub mod fork;
 pub mod poll;

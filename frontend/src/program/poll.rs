@@ -88,7 +88,7 @@ pub fn wait_one(fd: i32, slot: &'static Slot, want: Want, deadline: Option<Insta
     }
     client::check_mail();
     if let (true, Some(conn)) = (on_ring && said.intersects(PollFlags::ERR | PollFlags::HUP), &conn) {
-        conn.endpoint().break_off();
+        conn.stirring(|| conn.endpoint().break_off());
     }
     match polled {
         Ok(0) => done(Err(Errno::AGAIN)),
@@ -259,7 +259,8 @@ fn serve(
                 p.revents = if k.fd < 0 { 0 } else { k.revents };
             }
             for (i, conn) in &conns {
-                fds[*i].revents = events_now(conn, flags_of(fds[*i].events)).0.bits() as i16;
+                let events = conn.stirring(|| events_now(conn, flags_of(fds[*i].events)).0);
+                fds[*i].revents = events.bits() as i16;
             }
             Ok(fds.iter().filter(|p| p.revents != 0).count())
         };

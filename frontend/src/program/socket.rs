@@ -181,9 +181,9 @@ pub fn send(fd: i32, slot: &'static Slot, bufs: &[IoSlice<'_>], flags: SendFlags
         let sent = waiting(fd, slot, Want::Write, nonblocking, |_| {
             loop {
                 if let Some(conn) = slot.conn() {
-                    let got = conn.endpoint().send(piece, flags);
+                    let got = conn.stirring(|| conn.endpoint().send(piece, flags));
                     if got == Err(Errno::AGAIN) || got.is_ok_and(|n| n < total - done) {
-                        conn.blocked.fetch_add(1, Ordering::Relaxed);
+                        blocked(&conn);
                     }
                     client::tell_left(&conn);
                     return got;
@@ -214,6 +214,17 @@ pub fn send(fd: i32, slot: &'static Slot, bufs: &[IoSlice<'_>], flags: SendFlags
         if done >= total || nonblocking || slot.nonblocking(fd) {
             return Ok(done);
         }
+    }
+}
+
+/// A send took less than it was given: from now on room is a new edge.
+fn blocked(conn: &ConnRef) {
+    conn.blocked.fetch_add(1, Ordering::Relaxed);
+    conn.stir();
+    // Another thread may sleep in a set, upon room that it was told of before this. Either the far end is asked to ring
+    // when there is room again, or there is.
+    if conn.has_members() && !kernel::single_threaded() && conn.endpoint().writable() == Some(true) {
+        wait::kick();
     }
 }
 
@@ -321,11 +332,12 @@ fn recv_conn(conn: &ConnRef, bufs: &mut [IoSliceMut<'_>], peek: bool, look: bool
     // Cleared before the read: an edge that comes meanwhile stays.
     let edge = conn.kernel_in.load(Ordering::Relaxed) != 0 && conn.kernel_in.swap(0, Ordering::AcqRel) != 0;
     let on_ring = conn.record().is(status::TX_RING);
-    let got = conn.endpoint().recv(bufs, peek, look || edge);
+    let got = conn.stirring(|| conn.endpoint().recv(bufs, peek, look || edge));
     wait::kick_if_left(conn, on_ring);
     // On the ring an edge stays until the ring is empty and the anchor was looked at; off it, more may be there.
     if got.is_ok() && (edge || !conn.record().is(status::RX_RING)) {
         conn.kernel_in.store(1, Ordering::Release);
+        conn.stir();
     }
     client::tell_left(conn);
     got
@@ -401,6 +413,10 @@ pub fn appeared(fd: i32, connector: bool) {
 /// `shutdown(2)`.
 pub fn shutdown(fd: i32, read: bool, write: bool) -> Outcome<i32> {
     let Some(conn) = held(fd) else { return Outcome::Bypass };
+    conn.stirring(|| shut(&conn, read, write))
+}
+
+fn shut(conn: &ConnRef, read: bool, write: bool) -> Outcome<i32> {
     let endpoint = conn.endpoint();
     if read {
         endpoint.record.set_status(status::RX_EOF, status::RX_EOF);
@@ -409,10 +425,10 @@ pub fn shutdown(fd: i32, read: bool, write: bool) -> Outcome<i32> {
     if write && !endpoint.record.is(status::TX_SHUT) {
         match endpoint.shut() {
             Ok(true) => {}
-            Ok(false) => client::shut(&conn),
+            Ok(false) => client::shut(conn),
             Err(error) => return Outcome::Done(Err(error)),
         }
-        client::tell_left(&conn);
+        client::tell_left(conn);
     }
     Outcome::Done(Ok(0))
 }

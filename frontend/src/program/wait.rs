@@ -5,10 +5,12 @@
 
 use super::client::{self, SlabEntry};
 use super::conn::Conn;
+use super::descriptors::lift;
 use crate::memory::Bound;
 use crate::record::status;
 use rustix::event::epoll;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -29,6 +31,11 @@ static SHARED: AtomicBool = AtomicBool::new(false);
 /// From now on no waiter is alone on its bell.
 pub fn shared_by_fork() {
     SHARED.store(true, Ordering::Relaxed);
+}
+
+/// Whether another process may share this one's waiters.
+pub fn is_shared() -> bool {
+    SHARED.load(Ordering::Relaxed)
 }
 
 /// The doorbell number for a new waiter: the one with the fewest.
@@ -60,7 +67,7 @@ pub fn awake(bound: &Bound, bell: usize) {
 
 /// Whether only one waiter of this side uses the bell.
 pub fn is_alone(bell: usize) -> bool {
-    WAITERS[bell].load(Ordering::Relaxed) == 1 && !SHARED.load(Ordering::Relaxed)
+    WAITERS[bell].load(Ordering::Relaxed) == 1 && !is_shared()
 }
 
 fn current_cpu() -> u32 {
@@ -80,6 +87,12 @@ pub fn same_cpu(bound: &Bound, bell: usize) -> bool {
     bells.filter(|(n, _)| mask & (1 << n) != 0).any(|(_, b)| b.cpu.load(Ordering::Relaxed) == cpu)
 }
 
+/// Whether nobody else runs while this process does: then spinning without offering the processor is in vain.
+fn is_only_processor() -> bool {
+    static ONLY: OnceLock<bool> = OnceLock::new();
+    *ONLY.get_or_init(|| rustix::thread::sched_getaffinity(None).is_ok_and(|set| set.count() == 1))
+}
+
 /// One bounded spin.
 pub struct Spin {
     began: Instant,
@@ -95,7 +108,7 @@ impl Spin {
             began: Instant::now(),
             polls: 0,
             budget: Duration::from_nanos(u64::from(budget)),
-            yielding: crowded,
+            yielding: crowded || is_only_processor(),
         }
     }
 
@@ -130,7 +143,7 @@ fn kick_fd() -> Option<&'static OwnedFd> {
     let make = || {
         let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
         let fd = rustix::event::eventfd(0, flags).ok()?;
-        Some(rustix::io::fcntl_dupfd_cloexec(&fd, 900).unwrap_or(fd))
+        Some(lift(fd))
     };
     KICK.get_or_init(make).as_ref()
 }
@@ -145,6 +158,7 @@ pub fn kick() {
 /// This thread has read that the far end left: a thread that sleeps for room in our ring must look elsewhere for it.
 pub fn kick_if_left(conn: &Conn, was_on_ring: bool) {
     if was_on_ring && !conn.record().is(status::TX_RING) {
+        conn.stir();
         kick();
     }
 }
@@ -164,8 +178,8 @@ pub struct Waiter {
     set: OwnedFd,
     /// Its doorbell number.
     pub bell: usize,
-    /// Slabs whose doorbell the set watches.
-    slabs: Mutex<Vec<Arc<SlabEntry>>>,
+    /// Slabs whose doorbell the set watches, by their address.
+    slabs: Mutex<HashMap<usize, Arc<SlabEntry>>>,
     /// Which control socket the set watches; a closed one has left it by itself.
     control: AtomicU32,
 }
@@ -213,7 +227,7 @@ pub fn watch(set: impl AsFd, fd: impl AsFd, data: u64) -> bool {
 impl Waiter {
     fn new() -> Option<Self> {
         let set = epoll::create(epoll::CreateFlags::CLOEXEC).ok()?;
-        let set = rustix::io::fcntl_dupfd_cloexec(&set, 900).unwrap_or(set);
+        let set = lift(set);
         watch_kick(&set, 0);
         let bell = assign_bell();
         Some(Self { set, bell, slabs: Mutex::default(), control: AtomicU32::new(0) })
@@ -231,16 +245,17 @@ impl Waiter {
     /// Watches the doorbell of the connection's slab.
     pub fn watch_slab(&self, conn: &Conn) {
         let (Some(entry), Ok(mut slabs)) = (conn.slab(), self.slabs.lock()) else { return };
-        if slabs.iter().any(|s| Arc::ptr_eq(s, &entry)) {
+        let name = Arc::as_ptr(&entry) as usize;
+        if slabs.contains_key(&name) {
             return;
         }
         if slabs.len() >= 32 {
-            slabs.retain(|s| Arc::strong_count(s) > 2);
+            slabs.retain(|_, s| Arc::strong_count(s) > 2);
         }
         if let Some(eventfd) = entry.own.get(self.bell) {
             watch(&self.set, eventfd, 0);
         }
-        slabs.push(entry);
+        slabs.insert(name, entry);
     }
 
     /// The descriptor to poll beside the application's.

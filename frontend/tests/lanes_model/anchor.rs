@@ -12,15 +12,15 @@ pub enum Origin {
     /// The application's bytes, from this stream offset on.
     Tenant(u8),
     /// A REWIND's bytes, from this one on.
-    Frame { generation: u8, resume: u8, escape: u8, from: u8 },
+    Frame { generation: u8, resume: u8, escape: u8, last: bool, from: u8 },
 }
 
 impl Origin {
     fn skip(self, n: u8) -> Self {
         match self {
             Self::Tenant(from) => Self::Tenant(from + n),
-            Self::Frame { generation, resume, escape, from } => {
-                Self::Frame { generation, resume, escape, from: from + n }
+            Self::Frame { generation, resume, escape, last, from } => {
+                Self::Frame { generation, resume, escape, last, from: from + n }
             }
         }
     }
@@ -28,8 +28,8 @@ impl Origin {
     fn byte(self, data: &[u8]) -> u8 {
         match self {
             Self::Tenant(at) => data[usize::from(at)],
-            Self::Frame { generation, resume, escape, from } => {
-                Rewind { generation: generation.into(), resume: resume.into(), last: false }.encode(escape)
+            Self::Frame { generation, resume, escape, last, from } => {
+                Rewind { generation: generation.into(), resume: resume.into(), last }.encode(escape)
                     [usize::from(from)]
             }
         }

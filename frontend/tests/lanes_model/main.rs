@@ -117,6 +117,8 @@ fn mutations_of_the_stay_are_caught() {
     caught(Mutation::NoSecondLook, PLAIN, "goes to the application");
     caught(Mutation::BlindConfirm, PLAIN, "goes to the application");
     caught(Mutation::LateAcks, PLAIN, "is judged Ok(Wait)");
+    caught(Mutation::ShutUnshut, DIRECT, "the last stay has ended");
+    caught(Mutation::ShutUnshut, PLAIN, "the last stay has ended");
 }
 
 #[test]

@@ -282,15 +282,19 @@ impl World {
         let head = sampled.unwrap_or(self.generation(open).head);
         let before = self.rx;
         let verdict = self.rx.judge(&peeked, head.into());
-        let frame =
-            matches!(origin, Origin::Frame { generation, from: 0, .. } if u32::from(generation) == open);
-        let right = if frame {
-            !matches!(verdict, Ok(Verdict::Cancelled))
-        } else {
-            verdict == Ok(Verdict::Cancelled) && origin == Origin::Tenant(before.start as u8)
+        let right = match origin {
+            Origin::Frame { generation, last, from: 0, .. } if u32::from(generation) == open => match verdict
+            {
+                Ok(Verdict::Rewound { last: said }) => said == last,
+                _ => verdict != Ok(Verdict::Cancelled),
+            },
+            _ => verdict == Ok(Verdict::Cancelled) && origin == Origin::Tenant(before.start as u8),
         };
         require(right, || format!("{origin:?} is judged {verdict:?}"))?;
         let verdict = verdict?;
+        // Who hears so keeps the other direction where it is: no stay of this one follows.
+        let last = verdict == Verdict::Rewound { last: true };
+        require(!last || self.closed, || "the last stay has ended, and its sender may send".into())?;
         if verdict != Verdict::Wait {
             self.generation(open).reader_sealed = true;
         }

@@ -2,7 +2,7 @@
 
 use crate::anchor::Origin;
 use crate::world::{Broken, Config, Kind, Lane, Moves, Mutation, World, require};
-use vsocket_channel::lane::REWIND_LEN;
+use vsocket_channel::lane::{REWIND_LEN, Rewind};
 use vsocket_frontend::lane::tx::{Due, Phase};
 
 /// Where the lock's owner stands.
@@ -72,9 +72,7 @@ pub fn moves(moves: &mut Moves, config: &Config) {
         }),
         SenderAt::Sealing(confirmed) => moves.add(Kind::Duty, "X seals", confirmed.into(), |w| {
             let tail = w.generation(w.tx.generation).tx_tail;
-            w.tx.seal(confirmed, tail.into())?;
-            w.sender = SenderAt::Idle;
-            Ok(())
+            w.seal(config, confirmed, tail.into())
         }),
         SenderAt::DrainWritten(n) => moves.add(Kind::Duty, "X records what was due", n.into(), |w| {
             w.tx.drained(n.into());
@@ -168,11 +166,9 @@ fn seal(moves: &mut Moves, config: &Config) {
     }
     moves.add(Kind::Duty, "X begins to seal", 0, |w| {
         if config.lane == Lane::Direct {
-            w.tx.seal(false, generation.head.into())?;
-            w.sender = SenderAt::Idle;
-        } else {
-            w.sender = SenderAt::Sealing(generation.confirmed);
+            return w.seal(config, false, generation.head.into());
         }
+        w.sender = SenderAt::Sealing(generation.confirmed);
         Ok(())
     });
 }
@@ -196,6 +192,16 @@ fn drain(moves: &mut Moves, config: &Config) {
 }
 
 impl World {
+    /// The stay ends, and the frame will say why.
+    fn seal(&mut self, config: &Config, confirmed: bool, acknowledged: u64) -> Result<(), Broken> {
+        if self.closed || config.mutated(Mutation::ShutUnshut) {
+            self.tx.shut();
+        }
+        self.tx.seal(confirmed, acknowledged)?;
+        self.sender = SenderAt::Idle;
+        Ok(())
+    }
+
     /// A send call returns.
     fn sent(&mut self) {
         self.accepted = self.tx.off as u8;
@@ -254,6 +260,7 @@ impl World {
                 generation: self.tx.generation as u8,
                 resume: self.tx.resume as u8,
                 escape: frame[0],
+                last: Rewind::decode(&frame, frame[0]).is_some_and(|rewind| rewind.last),
                 from: done as u8,
             };
             self.anchor.put(origin, frame_part)?;

@@ -59,6 +59,8 @@ pub enum Mutation {
     WaitForBackend,
     /// A sender's guest of which nothing is left ends a stay with a plain FIN.
     DeadGuestFin,
+    /// A sender that only leaves says that it has shut.
+    ShutUnshut,
     /// Equivalent, so it must *not* be found out: the stay is not looked for again after a raw read, as the look before the
     /// next one finds the same.
     NoLookAfterRaw,

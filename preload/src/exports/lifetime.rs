@@ -1,11 +1,22 @@
 //! Where descriptors come from and go to.
 
 use libc::{c_int, c_uint, sockaddr, socklen_t};
-use vsocket_frontend::program::{Outcome, epoll, socket};
+use vsocket_frontend::program::{Outcome, epoll, fork, socket};
 
 use crate::args;
 
 // SAFETY, for every hook of this file: the arguments are the application's own and are only handed on.
+
+/// The loader runs this before the program has a second thread.
+// SAFETY: the section is an array of pointers to such functions, and this one needs nothing that is not there yet: some
+// system calls and `pthread_atfork`, of libraries that the loader has initialised before.
+#[used]
+#[unsafe(link_section = ".init_array")]
+static AT_LOAD: extern "C" fn() = at_load;
+
+extern "C" fn at_load() {
+    fork::at_load();
+}
 
 fn is_inet(family: c_int) -> bool {
     family == libc::AF_INET || family == libc::AF_INET6

@@ -16,6 +16,9 @@ use super::removal::Removal;
 use super::select::{Candidate, Wanted, choose, list};
 use crate::fabric::{Error, Facts};
 
+/// What the readiness of the completion channel is reported with.
+pub const CHANNEL: u64 = 1;
+
 /// See the module.
 pub struct Station {
     /// The open device.
@@ -73,7 +76,7 @@ impl Station {
         let channel = Channel::new(&context).map_err(failed("completion channel"))?;
         let flags = epoll::EventFlags::IN;
         epoll::add(epoll, &context, epoll::EventData::new_u64(0), flags)
-            .and_then(|()| epoll::add(epoll, &channel, epoll::EventData::new_u64(1), flags))
+            .and_then(|()| epoll::add(epoll, &channel, epoll::EventData::new_u64(CHANNEL), flags))
             .map_err(|error| Error::Readiness(error.into()))?;
         let removal = Removal::watch(context.node());
         if let Some(removal) = &removal {
@@ -99,6 +102,13 @@ impl Station {
             return Some(Incident::Gone);
         }
         self.context.next_incident()
+    }
+
+    /// Whether port and GID are still what was chosen: addresses move, and with them the entries of a port's table.
+    pub fn stands(&self) -> bool {
+        let Candidate { port, index, gid, .. } = self.chosen;
+        self.context.gid(port, index).is_ok_and(|now| now == gid)
+            && self.context.port(port).is_ok_and(|now| now.active)
     }
 
     /// Our GID.

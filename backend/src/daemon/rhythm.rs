@@ -1,0 +1,102 @@
+//! When the daemon polls on, when it asks the kernel, and when it sleeps.
+//!
+//! Time alone would not do. Where many share a processor, a pass that offered it to the others ends when they have had
+//! their turn: 50 µs are over before the far side has run once, and every message would find its receiver on the way to
+//! sleep, or asleep. So both must have gone by, the time and a number of passes, up to a time after which a sleeper,
+//! whom the scheduler prefers when it wakes, is better off.
+
+#![forbid(unsafe_code)]
+
+use std::time::{Duration, Instant};
+
+/// Polling goes on for so long without work.
+const SPIN: Duration = Duration::from_micros(50);
+/// And for so many passes.
+const SPIN_PASSES: u32 = 4;
+/// But not for longer than that.
+const SPIN_MOST: Duration = Duration::from_millis(2);
+
+/// While polling, the kernel is asked this often.
+const ASK: Duration = Duration::from_micros(50);
+/// But not more often than every so many passes.
+const ASK_PASSES: u32 = 16;
+/// And at least this often.
+const ASK_MOST: Duration = Duration::from_millis(1);
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Rhythm {
+    worked_at: Instant,
+    asked_at: Instant,
+    idle: u32,
+    unasked: u32,
+}
+
+impl Rhythm {
+    pub fn new(now: Instant) -> Self {
+        Self { worked_at: now, asked_at: now, idle: 0, unasked: 0 }
+    }
+
+    /// A pass has ended.
+    pub fn passed(&mut self, now: Instant, worked: bool) {
+        self.unasked = self.unasked.saturating_add(1);
+        self.idle = self.idle.saturating_add(1);
+        if worked {
+            (self.worked_at, self.idle) = (now, 0);
+        }
+    }
+
+    /// The kernel was asked; `slept`: and kept us.
+    pub fn asked(&mut self, now: Instant, slept: bool) {
+        (self.asked_at, self.unasked) = (now, 0);
+        if slept {
+            (self.worked_at, self.idle) = (now, 0);
+        }
+    }
+
+    /// Whether there was work so recently that the next is waited for awake.
+    pub fn spins(&self, now: Instant) -> bool {
+        let since = now.saturating_duration_since(self.worked_at);
+        since < SPIN || (self.idle < SPIN_PASSES && since < SPIN_MOST)
+    }
+
+    /// Whether the kernel is to be asked again.
+    pub fn asks(&self, now: Instant) -> bool {
+        let since = now.saturating_duration_since(self.asked_at);
+        (since >= ASK && self.unasked >= ASK_PASSES) || since >= ASK_MOST
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MICRO: Duration = Duration::from_micros(1);
+
+    #[test]
+    fn spins_for_a_time_and_some_passes() {
+        let begun = Instant::now();
+        let mut rhythm = Rhythm::new(begun);
+        (1..100).for_each(|n| rhythm.passed(begun + MICRO / 2 * n, false));
+        assert!(rhythm.spins(begun + SPIN - MICRO) && !rhythm.spins(begun + SPIN), "alone: by time");
+        rhythm.passed(begun + SPIN, true);
+        assert!(rhythm.spins(begun + SPIN * 2), "among others: by passes");
+        let now = begun + SPIN * 2;
+        (0..SPIN_PASSES).for_each(|_| rhythm.passed(now, false));
+        assert!(!rhythm.spins(now));
+        rhythm.asked(now, true);
+        assert!(rhythm.spins(now), "who was woken looks around");
+        assert!(!rhythm.spins(now + SPIN_MOST), "beside one who never yields");
+    }
+
+    #[test]
+    fn asks_now_and_then() {
+        let begun = Instant::now();
+        let mut rhythm = Rhythm::new(begun);
+        (0..ASK_PASSES).for_each(|_| rhythm.passed(begun, true));
+        assert!(!rhythm.asks(begun + ASK - MICRO) && rhythm.asks(begun + ASK));
+        rhythm.asked(begun + ASK, false);
+        assert!(!rhythm.asks(begun + ASK * 2), "few passes");
+        assert!(rhythm.asks(begun + ASK + ASK_MOST));
+    }
+}

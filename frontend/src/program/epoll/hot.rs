@@ -1,0 +1,177 @@
+//! A connection in a set: what the application asked for, and whether it is to be reported.
+
+use super::super::conn::{Conn, ConnRef, Member};
+use super::super::poll;
+use super::NOWHERE;
+use crate::record::status;
+use rustix::event::PollFlags;
+use rustix::io::Errno;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// What the application asked for.
+#[derive(Clone, Copy)]
+pub(super) struct Interest {
+    pub events: u32,
+    pub data: u64,
+}
+
+/// A connection in a set.
+pub(super) struct Hot {
+    pub fd: i32,
+    pub conn: ConnRef,
+    /// `None` after the application took it out: the kernel's registration stays.
+    interest: Option<Interest>,
+    /// `EPOLLONESHOT` has fired.
+    spent: bool,
+    /// What an edge-triggered watcher was told last: ring head, ring space, kernel edges.
+    told: (u64, bool, u32),
+    /// Tells two uses of a descriptor number apart.
+    pub serial: u32,
+    /// It is looked at.
+    pub watched: bool,
+    /// Its slab among those of the set.
+    pub slab: u32,
+    /// By which the connection's users say that it has changed.
+    pub member: Arc<Member>,
+}
+
+impl Hot {
+    pub fn new(fd: i32, conn: &ConnRef, interest: Interest, serial: u32, member: Arc<Member>) -> Self {
+        let (told, slab) = ((0, false, 0), NOWHERE);
+        let conn = conn.clone();
+        let mut hot =
+            Self { fd, conn, interest: None, spent: false, told, serial, watched: false, slab, member };
+        hot.member.settle(serial);
+        hot.renew(interest);
+        hot
+    }
+
+    /// Whether only the kernel can answer a question that is open: it is asked at its next turn.
+    pub fn is_open(&self) -> bool {
+        let Some(interest) = self.interest.filter(|_| !self.spent) else { return false };
+        let wanted = PollFlags::from_bits_retain((interest.events & 0xffff) as u16);
+        self.edges() & concerns(wanted) != 0 || self.conn.record().is(status::TX_DRAINING)
+    }
+
+    /// The edges of the anchor that were not answered.
+    fn edges(&self) -> u32 {
+        let conn = &self.conn;
+        conn.kernel_in.load(Ordering::Acquire) | conn.kernel_out.load(Ordering::Acquire) << 1
+    }
+
+    pub fn renew(&mut self, interest: Interest) {
+        self.interest = Some(interest);
+        self.spent = false;
+        self.told = (u64::MAX, false, 0);
+        // As after a MOD in the kernel: what is ready now is a new edge.
+        if !self.conn.record().is(status::RX_RING) {
+            self.conn.kernel_in.store(1, Ordering::Release);
+        }
+        if !self.conn.record().is(status::TX_RING) {
+            self.conn.kernel_out.store(1, Ordering::Release);
+        }
+    }
+
+    pub fn names(&self, conn: *const Conn) -> bool {
+        std::ptr::eq(&raw const *self.conn, conn)
+    }
+
+    /// `epoll_ctl` on a connection that the kernel's set holds.
+    pub fn control(&mut self, op: i32, interest: Option<Interest>) -> Result<(), Errno> {
+        match (op, interest, self.interest.is_some()) {
+            (libc::EPOLL_CTL_ADD, Some(_), true) => Err(Errno::EXIST),
+            (libc::EPOLL_CTL_ADD, Some(interest), false) | (libc::EPOLL_CTL_MOD, Some(interest), true) => {
+                self.renew(interest);
+                Ok(())
+            }
+            (libc::EPOLL_CTL_DEL, _, true) => {
+                self.interest = None;
+                Ok(())
+            }
+            (libc::EPOLL_CTL_MOD | libc::EPOLL_CTL_DEL, _, false) => Err(Errno::NOENT),
+            _ => Err(Errno::INVAL),
+        }
+    }
+
+    /// Whether nothing can be ready, by one look at the shared words: the usual case of a descriptor on its lane.
+    fn quiet(&self, events: u32) -> bool {
+        let record = self.conn.record();
+        let bits = record.status.load(Ordering::Acquire);
+        let usual = status::RX_RING | status::RX_OPEN | status::TX_RING;
+        let only_in = events as i32 & (libc::EPOLLIN | libc::EPOLLOUT) == libc::EPOLLIN;
+        match self.conn.bound() {
+            Some(bound) if only_in && bits == usual => {
+                bound.rx().indices.head.head.load(Ordering::Acquire) == record.rx_off.load(Ordering::Relaxed)
+            }
+            _ => false,
+        }
+    }
+
+    /// The event to report, if there is one. `asking`: the kernel may be asked about anchors that had an edge.
+    pub fn event(&mut self, asking: bool) -> Option<libc::epoll_event> {
+        let interest = self.interest.filter(|_| !self.spent)?;
+        if !asking && self.quiet(interest.events) {
+            return None;
+        }
+        let wanted = PollFlags::from_bits_retain((interest.events & 0xffff) as u16);
+        let mut ready = poll::ring_events(&self.conn, wanted);
+        let draining = self.conn.record().is(status::TX_DRAINING);
+        let mut pending = false;
+        if asking && (self.edges() & concerns(wanted) != 0 || draining) {
+            // Cleared first: an edge that comes while the kernel is asked stays.
+            self.conn.kernel_in.store(0, Ordering::Release);
+            self.conn.kernel_out.store(0, Ordering::Release);
+            (ready, pending) = self.conn.stirring(|| poll::events_now(&self.conn, wanted));
+            // What the anchor had, it may still have at the next look; what a ring has, the ring says.
+            let record = self.conn.record();
+            let broken = ready.intersects(PollFlags::HUP | PollFlags::ERR);
+            if broken || pending || (ready.contains(PollFlags::IN) && !record.is(status::RX_RING)) {
+                self.conn.kernel_in.store(1, Ordering::Release);
+            }
+            if ready.contains(PollFlags::OUT) && !record.is(status::TX_RING) {
+                self.conn.kernel_out.store(1, Ordering::Release);
+            }
+        }
+        if ready.is_empty() {
+            return None;
+        }
+        if interest.events as i32 & libc::EPOLLET != 0 && !self.new_edge(ready, pending) {
+            return None;
+        }
+        if interest.events as i32 & libc::EPOLLONESHOT != 0 {
+            self.spent = true;
+        }
+        Some(libc::epoll_event { events: u32::from(ready.bits()), u64: interest.data })
+    }
+
+    /// Edge-triggered: whether something has arrived, or room has come, since the last report.
+    fn new_edge(&mut self, ready: PollFlags, pending: bool) -> bool {
+        let endpoint = self.conn.endpoint();
+        let head = endpoint.bound.map_or(0, |b| b.rx().indices.head.head.load(Ordering::Relaxed));
+        let status = u64::from(endpoint.record.status.load(Ordering::Relaxed));
+        let edges =
+            self.conn.kernel_in.swap(0, Ordering::AcqRel) | self.conn.kernel_out.swap(0, Ordering::AcqRel);
+        if pending {
+            self.conn.kernel_in.store(1, Ordering::Release);
+        }
+        let blocked = self.conn.blocked.load(Ordering::Relaxed);
+        let now = (head ^ status << 48, ready.contains(PollFlags::OUT), blocked);
+        let new = now != self.told
+            || (edges != 0 && (endpoint.readable().is_none() || !endpoint.record.is(status::TX_RING)));
+        self.told = now;
+        new
+    }
+}
+
+impl Drop for Hot {
+    fn drop(&mut self) {
+        self.conn.part(&self.member);
+    }
+}
+
+/// The edges that matter to who wants this.
+fn concerns(wanted: PollFlags) -> u32 {
+    u32::from(wanted.intersects(PollFlags::IN | PollFlags::RDHUP | PollFlags::PRI))
+        | u32::from(wanted.contains(PollFlags::OUT)) << 1
+}
