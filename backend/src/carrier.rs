@@ -1,4 +1,5 @@
-//! Control messages over a UNIX SEQPACKET socket: one message per datagram, descriptors beside it.
+//! Control messages over a UNIX SEQPACKET socket: one message per datagram, descriptors beside it. Or over a stream, for
+//! an agent in a virtual machine: one message behind another, and no descriptors.
 //!
 //! A carrier never waits. What the other end does not take at once is kept, up to a bound; who does not read at all is
 //! hung up on. What arrives is checked whole before anything of it is used; descriptors that nobody asked for are not
@@ -7,7 +8,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
@@ -15,8 +16,9 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
-    SocketFlags, SocketType, accept_with, bind, connect, listen, recv, sendmsg, socket_with,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, RecvMsg, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect,
+    listen, recv, recvmsg, sendmsg, socket_with,
 };
 use vsocket_channel::message::{MAX_FDS, MESSAGE_LEN, Malformed, Message};
 
@@ -60,13 +62,17 @@ pub type Fds = Vec<Arc<OwnedFd>>;
 pub struct Carrier {
     socket: OwnedFd,
     outbox: VecDeque<([u8; MESSAGE_LEN], Fds)>,
+    /// How much of the first message in the outbox has been sent: on a stream, perhaps a part.
+    sent: usize,
+    /// On a stream, the beginning of a message.
+    beginning: Option<Vec<u8>>,
     limit: usize,
 }
 
 impl From<OwnedFd> for Carrier {
     /// A connected, non-blocking SEQPACKET socket.
     fn from(socket: OwnedFd) -> Self {
-        Self { socket, outbox: VecDeque::new(), limit: OUTBOX }
+        Self { socket, outbox: VecDeque::new(), limit: OUTBOX, sent: 0, beginning: None }
     }
 }
 
@@ -122,7 +128,34 @@ pub fn connect_to(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
+/// Connects to a daemon without waiting.
+///
+/// # Errors
+///
+/// What the socket calls say, also if the daemon has too many callers at the moment.
+pub fn reach(path: &Path) -> io::Result<Carrier> {
+    let socket = seqpacket(SocketFlags::NONBLOCK)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
+}
+
+impl AsFd for Carrier {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
 impl Carrier {
+    /// A connected, non-blocking stream socket.
+    pub fn stream(socket: OwnedFd) -> Self {
+        Self { beginning: Some(Vec::with_capacity(MESSAGE_LEN)), ..socket.into() }
+    }
+
+    /// Whether descriptors can go beside messages.
+    pub fn passes_descriptors(&self) -> bool {
+        self.beginning.is_none()
+    }
+
     /// The receiver has up to so many connections, to each of which something may happen at the same moment.
     #[must_use]
     pub fn for_connections(self, most: u32) -> Self {
@@ -139,7 +172,10 @@ impl Carrier {
     /// # Errors
     ///
     /// [`Gone`].
-    pub fn receive(&self) -> Result<Option<Message>, Gone> {
+    pub fn receive(&mut self) -> Result<Option<Message>, Gone> {
+        if let Some(beginning) = &mut self.beginning {
+            return receive_more(self.socket.as_fd(), beginning);
+        }
         let mut image = [0; MESSAGE_LEN];
         // Without room for them the kernel drops descriptors. TRUNC gives the true length of one that is too long.
         let len = match recv(&self.socket, &mut image, RecvFlags::TRUNC | RecvFlags::DONTWAIT) {
@@ -152,15 +188,48 @@ impl Carrier {
         Message::decode(image).map(Some).map_err(Gone::Malformed)
     }
 
+    /// The next message, if one is there, and the descriptor beside it. More than one do not arrive at all.
+    ///
+    /// # Errors
+    ///
+    /// [`Gone`].
+    pub fn receive_with(&self) -> Result<Option<(Message, Option<OwnedFd>)>, Gone> {
+        let mut image = [0; MESSAGE_LEN];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::TRUNC | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let len = match recvmsg(&self.socket, &mut [IoSliceMut::new(&mut image)], &mut control, flags) {
+            Ok(RecvMsg { bytes: 0, .. }) | Err(Errno::CONNRESET) => return Err(Gone::Closed),
+            Ok(received) => received.bytes,
+            Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
+            Err(error) => return Err(Gone::Io(error.into())),
+        };
+        let fds = control.drain().filter_map(|beside| match beside {
+            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+            _ => None,
+        });
+        let fd = fds.flatten().next();
+        let image = image.get(..len).ok_or(Gone::Malformed(Malformed::Length(len)))?;
+        let message = Message::decode(image).map_err(Gone::Malformed)?;
+        Ok(Some((message, fd)))
+    }
+
     /// Sends a message, now or when the other end takes it.
     ///
     /// # Errors
     ///
     /// [`Gone`].
     pub fn send(&mut self, message: &Message, fds: Fds) -> Result<(), Gone> {
+        if !fds.is_empty() && !self.passes_descriptors() {
+            return Err(Gone::Io(io::ErrorKind::InvalidInput.into()));
+        }
         let image = message.encode();
-        if self.outbox.is_empty() && send_now(self.socket.as_fd(), &image, &fds)? {
-            return Ok(());
+        if self.outbox.is_empty() {
+            self.sent = send_now(self.socket.as_fd(), &image, &fds)?;
+            if self.sent == MESSAGE_LEN {
+                self.sent = 0;
+                return Ok(());
+            }
         }
         if self.outbox.len() >= self.limit {
             return Err(Gone::NotReading);
@@ -176,17 +245,40 @@ impl Carrier {
     /// [`Gone`].
     pub fn flush(&mut self) -> Result<(), Gone> {
         while let Some((image, fds)) = self.outbox.front() {
-            if !send_now(self.socket.as_fd(), image, fds)? {
+            self.sent += send_now(self.socket.as_fd(), &image[self.sent..], fds)?;
+            if self.sent < MESSAGE_LEN {
                 break;
             }
+            self.sent = 0;
             self.outbox.pop_front();
         }
         Ok(())
     }
 }
 
-/// Sends one datagram; false if the socket is full.
-fn send_now(socket: BorrowedFd<'_>, image: &[u8], fds: &[Arc<OwnedFd>]) -> Result<bool, Gone> {
+/// Reads on from a stream, until a message is whole.
+fn receive_more(socket: BorrowedFd<'_>, beginning: &mut Vec<u8>) -> Result<Option<Message>, Gone> {
+    loop {
+        let mut rest = [0; MESSAGE_LEN];
+        let wanted = MESSAGE_LEN - beginning.len();
+        match recv(socket, &mut rest[..wanted], RecvFlags::DONTWAIT) {
+            Ok((_, 0)) if beginning.is_empty() => return Err(Gone::Closed),
+            Ok((_, 0)) => return Err(Gone::Malformed(Malformed::Length(beginning.len()))),
+            Ok((_, len)) => beginning.extend_from_slice(&rest[..len]),
+            Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
+            Err(Errno::CONNRESET) => return Err(Gone::Closed),
+            Err(error) => return Err(Gone::Io(error.into())),
+        }
+        if beginning.len() == MESSAGE_LEN {
+            let message = Message::decode(beginning).map_err(Gone::Malformed);
+            beginning.clear();
+            return message.map(Some);
+        }
+    }
+}
+
+/// Sends one datagram, or what a stream takes of it; says how much that was.
+fn send_now(socket: BorrowedFd<'_>, image: &[u8], fds: &[Arc<OwnedFd>]) -> Result<usize, Gone> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
@@ -195,9 +287,9 @@ fn send_now(socket: BorrowedFd<'_>, image: &[u8], fds: &[Arc<OwnedFd>]) -> Resul
     }
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
     match sendmsg(socket, &[IoSlice::new(image)], &mut control, flags) {
-        Ok(_) => Ok(true),
+        Ok(len) => Ok(len),
         // TOOMANYREFS: the receiver has too many descriptors under way; it must read first.
-        Err(Errno::AGAIN | Errno::INTR | Errno::NOBUFS | Errno::TOOMANYREFS) => Ok(false),
+        Err(Errno::AGAIN | Errno::INTR | Errno::NOBUFS | Errno::TOOMANYREFS) => Ok(0),
         Err(Errno::PIPE | Errno::CONNRESET) => Err(Gone::Closed),
         Err(error) => Err(Gone::Io(error.into())),
     }
@@ -216,7 +308,7 @@ mod tests {
 
     #[test]
     fn what_is_not_taken_at_once_comes_later() {
-        let (mut a, b) = pair();
+        let (mut a, mut b) = pair();
         for n in 0..1000 {
             a.send(&Message::Ping { n }, vec![]).unwrap();
         }
@@ -263,10 +355,28 @@ mod tests {
             (with(7, 1), "message-kind"),
         ];
         for (image, name) in table {
-            let (a, b) = pair();
+            let (a, mut b) = pair();
             send(&a.socket, &image, SendFlags::empty()).unwrap();
             assert_eq!(b.receive().unwrap_err().name(), Some(name));
         }
+    }
+
+    #[test]
+    fn a_descriptor_comes_along() {
+        let (mut a, b) = pair();
+        let (fd, other) =
+            socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+        let message = Message::FrontWelcome { boot: 3 };
+        a.send(&message, vec![Arc::new(fd)]).unwrap();
+        a.send(&message, vec![]).unwrap();
+        let (first, fd) = b.receive_with().unwrap().unwrap();
+        assert_eq!(first, message);
+        send(fd.unwrap(), b"x", SendFlags::empty()).unwrap();
+        assert_eq!(recv(other, &mut [0; 2], RecvFlags::empty()).unwrap().1, 1);
+        assert!(matches!(b.receive_with(), Ok(Some((_, None)))));
+        assert!(matches!(b.receive_with(), Ok(None)));
+        drop(a);
+        assert!(matches!(b.receive_with(), Err(Gone::Closed)));
     }
 
     #[test]
@@ -275,6 +385,39 @@ mod tests {
         drop(a);
         assert!(matches!(b.receive(), Err(Gone::Closed)));
         assert!(matches!(b.send(&Message::Ping { n: 1 }, vec![]), Err(Gone::Closed)));
+    }
+
+    #[test]
+    fn a_stream_cuts_messages_anywhere() {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let (near, far) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+        let mut b = Carrier::stream(far);
+        let (one, two) = (Message::Ping { n: 1 }, Message::Hello { pid: 2 });
+        let bytes = [one.encode(), two.encode()].concat();
+        for part in bytes[..250].chunks(50) {
+            send(&near, part, SendFlags::empty()).unwrap();
+        }
+        assert_eq!(b.receive().unwrap(), Some(one));
+        assert_eq!(b.receive().unwrap(), None);
+        send(&near, &bytes[250..], SendFlags::empty()).unwrap();
+        assert_eq!(b.receive().unwrap(), Some(two));
+        assert!(b.send(&one, vec![Arc::new(near.try_clone().unwrap())]).is_err(), "no descriptors");
+        let mut a = Carrier::stream(near);
+        // Far more than a socket holds.
+        for n in 0..3000 {
+            b.send(&Message::Ping { n }, vec![]).unwrap();
+        }
+        let mut seen = 0;
+        while seen < 3000 {
+            b.flush().unwrap();
+            while let Some(message) = a.receive().unwrap() {
+                assert_eq!(message, Message::Ping { n: seen });
+                seen += 1;
+            }
+        }
+        send(&a.socket, &bytes[..7], SendFlags::empty()).unwrap();
+        drop(a);
+        assert!(matches!(b.receive(), Err(Gone::Malformed(Malformed::Length(7)))));
     }
 
     #[test]

@@ -12,6 +12,8 @@ use tracing_subscriber::EnvFilter;
 
 use crate::capture::FlowFilter;
 use crate::config::Config;
+#[cfg(feature = "vm")]
+use crate::front;
 use crate::{capture, certs, config, daemon, operator};
 
 /// What a build without verbs says of itself.
@@ -118,6 +120,12 @@ enum Command {
         #[arg(long, value_name = "BYTES", default_value = "32M", value_parser = size)]
         buffer: u64,
     },
+    /// Be the vsock device of a virtual machine, for QEMU's vhost-user-vsock-pci; one process per machine.
+    ///
+    /// The vport is one of the configuration that has cid and front, or is described here. Runs apart from the daemon,
+    /// and through its restarts: while there is no daemon, the guest's streams are refused.
+    #[cfg(feature = "vm")]
+    VmFront(Front),
     /// Let a drained vport's connections return to their lanes.
     Undrain {
         #[command(flatten)]
@@ -126,6 +134,64 @@ enum Command {
         /// The vport's name.
         vport: String,
     },
+}
+
+#[cfg(feature = "vm")]
+#[derive(Debug, clap::Args)]
+#[command(group = ArgGroup::new("which").required(true).args(["config", "cid"]))]
+struct Front {
+    /// The daemon's configuration.
+    #[arg(long, value_name = "FILE", requires = "vport")]
+    config: Option<PathBuf>,
+
+    /// The vport's name in it.
+    #[arg(long, value_name = "NAME", requires = "config")]
+    vport: Option<String>,
+
+    /// The guest's CID, 3 or more.
+    #[arg(long, requires_all = ["socket", "daemon"], value_parser = clap::value_parser!(u32).range(3..4_294_967_295))]
+    cid: Option<u32>,
+
+    /// The UNIX socket that QEMU connects to.
+    #[arg(long, value_name = "SOCKET", requires = "cid")]
+    socket: Option<PathBuf>,
+
+    /// The vport's socket, where the daemon listens.
+    #[arg(long, value_name = "SOCKET", requires = "cid")]
+    daemon: Option<PathBuf>,
+
+    /// The vsock port on the host that the guest calls.
+    #[arg(long, requires = "cid", default_value_t = config::DEFAULT_PORT)]
+    port: u32,
+
+    /// How many streams the guest may have at a time.
+    #[arg(long, requires = "cid", value_name = "N", default_value_t = config::DEFAULT_MAX_STREAMS)]
+    max_streams: u32,
+}
+
+#[cfg(feature = "vm")]
+impl Front {
+    fn options(self) -> Result<front::Options, Error> {
+        if let (Some(cid), Some(socket), Some(daemon)) = (self.cid, self.socket, self.daemon) {
+            return Ok(front::Options {
+                cid,
+                socket,
+                daemon,
+                port: self.port,
+                streams: self.max_streams as usize,
+            });
+        }
+        let (Some(file), Some(name)) = (self.config, self.vport) else {
+            return Err(Error::NoMachine(String::new()));
+        };
+        let vport = Config::load(&file)?.vports.into_iter().find(|vport| vport.name == name);
+        let Some((config::Machine { cid, front, port, max_streams }, daemon)) =
+            vport.and_then(|vport| Some((vport.machine?, vport.socket)))
+        else {
+            return Err(Error::NoMachine(name));
+        };
+        Ok(front::Options { cid, socket: front, daemon, port, streams: max_streams as usize })
+    }
 }
 
 #[derive(Debug, clap::Args)]
@@ -155,6 +221,12 @@ enum Error {
     Tool(#[from] operator::ToolError),
     #[error(transparent)]
     Capture(#[from] capture::Error),
+    #[cfg(feature = "vm")]
+    #[error(transparent)]
+    Front(#[from] front::Error),
+    #[cfg(feature = "vm")]
+    #[error("no vport '{0}' with cid and front in the configuration")]
+    NoMachine(String),
 }
 
 /// Does what the arguments say. Errors go to standard error, cause by cause, once.
@@ -204,6 +276,12 @@ fn obey(command: Command) -> Result<(), Error> {
             let count = count.unwrap_or(u64::MAX);
             let options = capture::Options { vport, vni, flow, file, bytes, snaplen, count, buffer };
             capture::run(&control.path(), &options)?;
+        }
+        #[cfg(feature = "vm")]
+        Command::VmFront(front) => {
+            let options = front.options()?;
+            log();
+            front::run(options)?;
         }
         Command::Undrain { control, vport } => operator::drain(&control.path(), &vport, false)?,
     }
@@ -295,6 +373,16 @@ mod tests {
         assert!(parse(&["drain"]).is_err());
         assert!(parse(&["capture", "--vport", "a", "--flow", "*-*:80", "-w", "-", "--bytes", "1G"]).is_ok());
         assert!(parse(&["capture"]).is_err());
+        if cfg!(feature = "vm") {
+            assert!(parse(&["vm-front", "--config", "f", "--vport", "a"]).is_ok());
+            assert!(
+                parse(&["vm-front", "--cid", "3", "--socket", "s", "--daemon", "d", "--port", "9"]).is_ok()
+            );
+            assert!(parse(&["vm-front", "--cid", "2", "--socket", "s", "--daemon", "d"]).is_err());
+            assert!(parse(&["vm-front", "--cid", "3", "--socket", "s"]).is_err());
+            assert!(parse(&["vm-front", "--config", "f"]).is_err());
+            assert!(parse(&["vm-front"]).is_err());
+        }
         assert!(parse(&["capture", "-w", "f", "--flow", "80"]).is_err());
         assert!(parse(&["capture", "-w", "f", "--bytes", "64MB"]).is_err());
         assert!(parse(&["--config", "f", "certs", "--out", "d", "h1"]).is_err());

@@ -29,6 +29,12 @@ pub const MIN_RING_BYTES: u32 = 16 << 10;
 /// Larger rings gain nothing and cost memory per connection.
 pub const MAX_RING_BYTES: u32 = 64 << 20;
 
+/// The vsock port on the host that guests call, unless the vport says otherwise.
+pub const DEFAULT_PORT: u32 = 7650;
+
+/// A guest may have this many vsock streams unless its vport says otherwise: the agent's, and doorbells of many programs.
+pub const DEFAULT_MAX_STREAMS: u32 = 1024;
+
 /// The configuration as the daemon means it.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -138,6 +144,21 @@ pub struct Vport {
     pub max_connections: u32,
     /// The size of each ring, a power of two.
     pub ring_bytes: u32,
+    /// What a guest that is a virtual machine has instead of a mounted socket.
+    pub machine: Option<Machine>,
+}
+
+/// The vsock device of a virtual machine, which `vsocketd vm-front` is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Machine {
+    /// The guest's CID.
+    pub cid: u32,
+    /// The UNIX socket that QEMU connects to.
+    pub front: PathBuf,
+    /// The vsock port on the host that the guest's agent calls.
+    pub port: u32,
+    /// How many streams the guest may have at a time.
+    pub max_streams: u32,
 }
 
 /// An Ethernet address.

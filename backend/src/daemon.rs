@@ -29,6 +29,8 @@ use crate::vport::Vport;
 mod data;
 mod effects;
 mod guests;
+#[cfg(feature = "vm")]
+mod machines;
 mod peers;
 mod rhythm;
 mod start;
@@ -51,6 +53,11 @@ enum Source {
     Tool(u32),
     Fabric,
     Bell(u64),
+    #[cfg(feature = "vm")]
+    Front(u32),
+    /// Of a vport, by number.
+    #[cfg(feature = "vm")]
+    Caller(u32, u32),
 }
 
 const KIND_SHIFT: u32 = 48;
@@ -66,6 +73,11 @@ impl Source {
             Self::Tool(n) => (5, u64::from(n)),
             Self::Fabric => (6, 0),
             Self::Bell(n) => (7, n),
+            #[cfg(feature = "vm")]
+            Self::Front(n) => (8, u64::from(n)),
+            // Of both there are far fewer.
+            #[cfg(feature = "vm")]
+            Self::Caller(vport, n) => (9, u64::from(vport) << 16 | u64::from(n)),
         };
         Token((kind << KIND_SHIFT | n) as usize)
     }
@@ -81,6 +93,10 @@ impl Source {
             5 => Self::Tool(n as u32),
             6 => Self::Fabric,
             7 => Self::Bell(n),
+            #[cfg(feature = "vm")]
+            8 => Self::Front(n as u32),
+            #[cfg(feature = "vm")]
+            9 => Self::Caller((n >> 16) as u32, n as u32 & 0xffff),
             _ => return None,
         })
     }
@@ -129,8 +145,8 @@ pub struct Daemon {
     peers: Option<peers::Peers>,
     /// When the peers were last looked at.
     watched: Instant,
-    /// Agents whose sockets may hold more than one turn may take.
-    more: Vec<u32>,
+    /// Sockets that may hold more than one turn may take.
+    more: Vec<Source>,
     /// Turns of the loop: an idle daemon makes none.
     pub(crate) passes: u64,
     /// Since when we are to end.
@@ -267,8 +283,8 @@ impl Daemon {
                 }
             }
             events.clear();
-            for vport in std::mem::take(&mut self.more) {
-                self.agent_ready(vport);
+            for source in std::mem::take(&mut self.more) {
+                self.handle(source);
             }
             self.handle_time(now);
         }
@@ -320,6 +336,14 @@ impl Daemon {
                 }
             }
             Source::Signal => self.stop.flag.store(true, Ordering::Release),
+            #[cfg(feature = "vm")]
+            Source::Listener(vport) if self.vports[vport as usize].machine.is_some() => {
+                self.front_arrives(vport)
+            }
+            #[cfg(feature = "vm")]
+            Source::Front(vport) => self.front_ready(vport),
+            #[cfg(feature = "vm")]
+            Source::Caller(vport, slot) => self.caller_ready(vport, slot),
             Source::Listener(vport) => self.agent_arrives(vport),
             Source::Agent(vport) => self.agent_ready(vport),
             Source::Operator => self.tool_arrives(),

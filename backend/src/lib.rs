@@ -15,6 +15,8 @@
 //! | [`slab`] | the shared memory of rings, and its pool |
 //! | [`pairing`] | who meets whom, prepare and commit, withdraw and leave: sans-IO |
 //! | [`flow`] | one connection's bytes between rings and another host: sans-IO |
+//! | `machine` | a guest that is a virtual machine: its memory, and who calls from it |
+//! | `front` | a VM's vsock device, a process of its own: `vsocketd vm-front` |
 //! | [`capture`] | segments to a file, for `vsocketd capture` |
 //! | [`operator`], [`metrics`] | what a person may ask, and the counters |
 //! | [`cli`], [`daemon`] | the command line, and the loop that ties all together |
@@ -30,6 +32,10 @@ pub mod daemon;
 pub mod directory;
 pub mod fabric;
 pub mod flow;
+#[cfg(feature = "vm")]
+pub mod front;
+#[cfg(feature = "vm")]
+pub mod machine;
 pub mod metrics;
 pub mod operator;
 pub mod pairing;

@@ -119,9 +119,18 @@ impl Daemon {
     fn vport(&self, n: usize) -> Value {
         let (vport, number) = (&self.vports[n], n as u32);
         let traffic = self.traffic(n);
+        #[cfg(feature = "vm")]
+        let machine = vport.machine.as_ref().map(|machine| {
+            let memory = machine.memory.as_ref().map(crate::machine::Ram::bytes);
+            let front = machine.front.as_ref().and_then(|front| front.pid);
+            json!({ "front": front.is_some(), "memory_bytes": memory.unwrap_or(0), "paused": machine.paused })
+        });
+        #[cfg(not(feature = "vm"))]
+        let machine: Option<Value> = None;
         json!({
             "number": n,
             "name": vport.config.name,
+            "machine": machine,
             "vni": vport.config.vni,
             "agent": vport.agent.as_ref().and_then(|a| a.pid).is_some(),
             "drained": self.pairing.drained(number),

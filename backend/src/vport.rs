@@ -9,6 +9,8 @@ use vsocket_channel::message::Message;
 
 use crate::carrier::{self, Carrier, Fds, Gone};
 use crate::config;
+#[cfg(feature = "vm")]
+use crate::machine::Machine;
 use crate::metrics::Traffic;
 
 /// The agent of a vport.
@@ -29,6 +31,9 @@ pub struct Vport {
     pub traffic: Traffic,
     /// Its agent.
     pub agent: Option<Agent>,
+    /// What a virtual machine has besides.
+    #[cfg(feature = "vm")]
+    pub machine: Option<Machine>,
     listener: OwnedFd,
 }
 
@@ -40,7 +45,16 @@ impl Vport {
     /// What the socket calls say.
     pub fn new(config: config::Vport) -> io::Result<Self> {
         let listener = carrier::listen_at(&config.socket)?;
-        Ok(Self { config, traffic: Traffic::default(), agent: None, listener })
+        #[cfg(feature = "vm")]
+        let machine = config.machine.is_some().then(Machine::default);
+        Ok(Self {
+            config,
+            traffic: Traffic::default(),
+            agent: None,
+            #[cfg(feature = "vm")]
+            machine,
+            listener,
+        })
     }
 
     /// For registration with the event loop.

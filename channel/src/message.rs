@@ -1,6 +1,7 @@
 //! Control messages: raw images of fixed size, and the enum they validate into.
 //!
-//! One protocol serves all three neighbours: program ↔ agent, agent ↔ backend, and an operator's tool ↔ daemon. Each
+//! One protocol serves all neighbours: program ↔ agent, agent ↔ backend, a VM's front ↔ backend, and an operator's tool ↔
+//! daemon. Each
 //! message is one [`MESSAGE_LEN`]-byte datagram on a SEQPACKET socket; descriptors travel beside it by `SCM_RIGHTS`, in
 //! the order that the variant's documentation names. Integers are little-endian.
 //!
@@ -142,6 +143,39 @@ pub struct Segment {
     pub lane: Lane,
 }
 
+/// Most regions of a guest's memory: what vhost-user can hand over at a time.
+pub const MAX_REGIONS: u32 = 32;
+
+/// A region of a guest's memory: whole pages, which wrap round nowhere.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Region {
+    /// Which one of its table, from 0.
+    pub index: u32,
+    /// How many the table has.
+    pub count: u32,
+    /// Where it begins for the guest.
+    pub address: u64,
+    /// Its bytes.
+    pub size: u64,
+    /// Where it begins in its descriptor.
+    pub offset: u64,
+}
+
+impl Region {
+    /// Whether it can be.
+    pub fn is_valid(&self) -> bool {
+        let Self { index, count, address, size, offset } = *self;
+        let ends = |from: u64| from.checked_add(size).is_some_and(|end| i64::try_from(end).is_ok());
+        let whole = |n: u64| n.is_multiple_of(4096);
+        index < count
+            && count <= MAX_REGIONS
+            && size > 0
+            && [address, size, offset].into_iter().all(whole)
+            && ends(address)
+            && ends(offset)
+    }
+}
+
 /// Fields in their order in a body.
 struct Writer<'a>(&'a mut [u8]);
 struct Reader<'a>(&'a [u8]);
@@ -247,6 +281,21 @@ impl Field for Segment {
         let lane = Lane::from_code(u8::take(from)?).filter(|l| *l != Lane::Tcp)?;
         geometry.segment_offset(index)?;
         Some(Self { slab, index, geometry, side, lane })
+    }
+}
+
+impl Field for Region {
+    fn put(&self, out: &mut Writer<'_>) {
+        self.index.put(out);
+        self.count.put(out);
+        self.address.put(out);
+        self.size.put(out);
+        self.offset.put(out);
+    }
+    fn take(from: &mut Reader<'_>) -> Option<Self> {
+        let (index, count) = (u32::take(from)?, u32::take(from)?);
+        let (address, size, offset) = (u64::take(from)?, u64::take(from)?, u64::take(from)?);
+        Some(Self { index, count, address, size, offset }).filter(Self::is_valid)
     }
 }
 
@@ -488,6 +537,50 @@ messages! {
     }
     /// Tool → backend: end the capture; answered by `Reply` with its counters, behind the last record.
     CaptureEnd = 35 {}
+    /// A VM's front → backend, first, on the vport's socket. The backend answers `FrontWelcome`, or hangs up.
+    FrontHello = 40 {
+        /// The front's process, for the log.
+        pid: u32,
+        /// The CID of the guest.
+        cid: u64,
+    }
+    /// Backend → front, first; beside it a pidfd of the backend, which alone tells when it is really dead. Before that,
+    /// nothing else is said in either direction.
+    FrontWelcome = 41 {
+        /// As in `Welcome`.
+        boot: u64,
+    }
+    /// Front → backend: one region of the guest's memory; beside it the descriptor that it is a part of. A table is
+    /// whole when all of its regions have come, in their order, and replaces the one before.
+    FrontRegion = 42 {
+        /// Which table: larger than all before, in the front's life.
+        table: u64,
+        /// The region.
+        region: Region,
+    }
+    /// Front → backend: the guest has opened a stream; beside it the end of a UNIX stream socket pair, which ends as the
+    /// guest's stream ends.
+    FrontStream = 43 {
+        /// The front's number for it, for the log.
+        id: u64,
+        /// The guest's port: below 1024, its opener was privileged in the guest, or in a container of it.
+        guest_port: u32,
+        /// The port that it was opened to.
+        host_port: u32,
+    }
+    /// Front → backend: the guest has booted, for the first time or again, and runs. Its streams have ended, and what was said of its memory's contents is void;
+    /// the table still holds.
+    FrontReset = 44 {}
+    /// Front → backend: the guest is gone, and its memory with it: the table is void.
+    FrontGone = 45 {}
+    /// Front → backend: the guest stands still. It may be about to be reset, and its memory to be another's, so the
+    /// backend does not touch it from now on, and answers `FrontQuiet`; QEMU is kept waiting until then. `FrontResumed` or
+    /// `FrontReset` follows when the guest goes on, or boots.
+    FrontPaused = 46 {}
+    /// Backend → front: nothing of the guest's memory will be touched.
+    FrontQuiet = 47 {}
+    /// Front → backend: the guest goes on where it stood.
+    FrontResumed = 48 {}
 }
 
 #[cfg(all(test, not(loom)))]
@@ -521,8 +614,35 @@ mod tests {
         let capture =
             Message::Capture { vport: 3, vni: u32::MAX, local, remote, snaplen: 96, queue: 1 << 20 };
         let declined = Message::Declined { conn: 1, reason: Reason::Quota };
-        for message in [open(), prepare(), declined, capture, Message::CaptureEnd {}] {
+        let stream = Message::FrontStream { id: 1, guest_port: 1023, host_port: u32::MAX };
+        for message in
+            [open(), prepare(), declined, capture, Message::CaptureEnd {}, front(good_region()), stream]
+        {
             assert_eq!(Message::decode(&message.encode()), Ok(message));
+        }
+    }
+
+    fn good_region() -> Region {
+        Region { index: 1, count: 2, address: 1 << 32, size: 1 << 30, offset: 3 << 30 }
+    }
+
+    fn front(region: Region) -> Message {
+        Message::FrontRegion { table: 7, region }
+    }
+
+    #[test]
+    fn regions_are_whole_pages_and_wrap_nowhere() {
+        let bad = [
+            Region { index: 2, ..good_region() },
+            Region { count: MAX_REGIONS + 1, ..good_region() },
+            Region { size: 0, ..good_region() },
+            Region { size: !4095, ..good_region() },
+            Region { address: 1 << 63, ..good_region() },
+            Region { address: 1 << 11, ..good_region() },
+            Region { offset: i64::MAX as u64 & !4095, ..good_region() },
+        ];
+        for region in bad {
+            assert_eq!(Message::decode(&front(region).encode()), Err(Malformed::Field(42)), "{region:?}");
         }
     }
 
@@ -547,7 +667,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_image_is_an_answer(image in prop::collection::vec(any::<u8>(), MESSAGE_LEN), kind in 0u16..40) {
+        fn any_image_is_an_answer(image in prop::collection::vec(any::<u8>(), MESSAGE_LEN), kind in 0u16..50) {
             let mut image = image;
             image[..4].copy_from_slice(&MAGIC);
             image[4..6].copy_from_slice(&VERSION.to_le_bytes());

@@ -75,6 +75,8 @@ reasons! {
     FabricMismatch = 24, "fabric-mismatch";
     /// The fabric's device has no more queue pairs, regions or memory.
     FabricFull = 25, "fabric-full";
+    /// The guest, a virtual machine, has not registered memory for rings.
+    NoRingMemory = 26, "no-ring-memory";
 }
 
 #[cfg(all(test, not(loom)))]

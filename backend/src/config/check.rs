@@ -9,11 +9,17 @@ use toml::Spanned;
 
 use super::raw::{self, Fault};
 use super::{
-    Backends, Config, DEFAULT_MAX_CONNECTIONS, DEFAULT_RING_BYTES, Device, Fabric, MAX_RING_BYTES,
-    MIN_RING_BYTES, Mac, Peer, Tls, Vport,
+    Backends, Config, DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_STREAMS, DEFAULT_PORT, DEFAULT_RING_BYTES, Device,
+    Fabric, MAX_RING_BYTES, MIN_RING_BYTES, Mac, Machine, Peer, Tls, Vport,
 };
 use crate::directory::{self, Directory};
 use crate::peer::message::HostName;
+
+/// Each stream is a descriptor, and up to 64 KiB that wait.
+const MAX_STREAMS: i64 = 1 << 16;
+
+/// The largest CID or port: the one above stands for any.
+const MAX_VSOCK: u32 = u32::MAX - 1;
 
 /// Connections of one vport are numbered in a table of this size at most.
 const MAX_CONNECTIONS: i64 = 1 << 20;
@@ -225,7 +231,7 @@ fn inner(key: &str, value: &Spanned<IpAddr>) -> Checked<IpAddr> {
 
 fn vports(raw: &[raw::Vport], control: &PathBuf) -> Checked<Vec<Vport>> {
     let (mut names, mut sockets) = (Unique::new(), Unique::new());
-    let (mut macs, mut addresses) = (Unique::new(), Unique::new());
+    let (mut macs, mut addresses, mut cids) = (Unique::new(), Unique::new(), Unique::new());
     let mut vports = Vec::with_capacity(raw.len());
     for one in raw {
         let vport = vport(one)?;
@@ -244,6 +250,19 @@ fn vports(raw: &[raw::Vport], control: &PathBuf) -> Checked<Vec<Vport>> {
         )?;
         if vport.socket == *control {
             return fault("vport.socket", &one.socket, format!("{shown} is the control socket"));
+        }
+        if let (Some(machine), Some(cid), Some(front)) = (&vport.machine, &one.cid, &one.front) {
+            cids.take("vport.cid", cid, machine.cid, format!("{} is another vport's CID", machine.cid))?;
+            let shown = machine.front.display();
+            if machine.front == *control {
+                return fault("vport.front", front, format!("{shown} is the control socket"));
+            }
+            sockets.take(
+                "vport.front",
+                front,
+                machine.front.clone(),
+                format!("{shown} is a vport's already"),
+            )?;
         }
         let (vni, mac) = (vport.vni, vport.mac);
         macs.take("vport.mac", &one.mac, (vni, mac.0), format!("{mac} is another vport's in VNI {vni}"))?;
@@ -275,7 +294,50 @@ fn vport(raw: &raw::Vport) -> Checked<Vport> {
         socket: socket_path("vport.socket", &raw.socket)?,
         max_connections: max_connections(raw.max_connections.as_ref())?,
         ring_bytes: ring_bytes(raw.ring_bytes.as_ref())?,
+        machine: machine(raw)?,
     })
+}
+
+/// A vport with `cid` and `front` is a virtual machine's.
+fn machine(raw: &raw::Vport) -> Checked<Option<Machine>> {
+    let only = "only a virtual machine's vport has it: one with cid and front";
+    match (&raw.cid, &raw.front, &raw.port, &raw.max_streams) {
+        (None, None, None, None) => Ok(None),
+        (None, None, Some(port), _) => fault("vport.port", port, only),
+        (None, None, _, Some(streams)) => fault("vport.max_streams", streams, only),
+        (Some(cid), None, ..) => fault("vport.cid", cid, "needs front, the socket that QEMU connects to"),
+        (None, Some(front), ..) => fault("vport.front", front, "needs cid, the guest's vsock CID"),
+        (Some(cid), Some(_), ..) if !cfg!(feature = "vm") => {
+            fault("vport.cid", cid, "this vsocketd is built without vm: it serves containers only")
+        }
+        (Some(at), Some(front), port, streams) => Ok(Some(Machine {
+            cid: cid(at)?,
+            front: socket_path("vport.front", front)?,
+            port: port.as_ref().map_or(Ok(DEFAULT_PORT), self::port)?,
+            max_streams: streams.as_ref().map_or(Ok(DEFAULT_MAX_STREAMS), max_streams)?,
+        })),
+    }
+}
+
+fn cid(value: &Spanned<i64>) -> Checked<u32> {
+    match u32::try_from(*value.as_ref()) {
+        Ok(cid @ 3..=MAX_VSOCK) => Ok(cid),
+        _ => fault("vport.cid", value, format!("{} is no guest's CID (3 to 4294967294)", value.as_ref())),
+    }
+}
+
+fn port(value: &Spanned<i64>) -> Checked<u32> {
+    match u32::try_from(*value.as_ref()) {
+        Ok(port @ 1..=MAX_VSOCK) => Ok(port),
+        _ => fault("vport.port", value, format!("{} is no vsock port (1 to 4294967294)", value.as_ref())),
+    }
+}
+
+fn max_streams(value: &Spanned<i64>) -> Checked<u32> {
+    match *value.as_ref() {
+        n @ 1..=MAX_STREAMS => Ok(n as u32),
+        n => fault("vport.max_streams", value, format!("{n} is not between 1 and {MAX_STREAMS}")),
+    }
 }
 
 fn max_connections(value: Option<&Spanned<i64>>) -> Checked<u32> {

@@ -88,6 +88,10 @@ pub struct Vport {
     pub socket: Spanned<PathBuf>,
     pub max_connections: Option<Spanned<i64>>,
     pub ring_bytes: Option<Spanned<i64>>,
+    pub cid: Option<Spanned<i64>>,
+    pub front: Option<Spanned<PathBuf>>,
+    pub port: Option<Spanned<i64>>,
+    pub max_streams: Option<Spanned<i64>>,
 }
 
 /// `[[directory]]`

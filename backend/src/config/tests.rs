@@ -78,6 +78,34 @@ fn the_fabric_may_be_chosen_by_device() {
 }
 
 #[test]
+fn a_vport_may_be_a_machines() {
+    let with = |lines: &str| {
+        let text = GOOD.replacen("max_connections = 7", lines, 1);
+        parse(&text).map(|config| config.vports[1].machine.clone()).map_err(|error| error.to_string())
+    };
+    let machine =
+        Machine { cid: 3, front: "/run/e.qemu".into(), port: DEFAULT_PORT, max_streams: DEFAULT_MAX_STREAMS };
+    assert_eq!(with(""), Ok(None));
+    assert_eq!(with("cid = 3\nfront = \"/run/e.qemu\""), Ok(Some(machine.clone())));
+    let chosen = Machine { port: 9, max_streams: 2, ..machine };
+    assert_eq!(with("cid = 3\nfront = \"/run/e.qemu\"\nport = 9\nmax_streams = 2"), Ok(Some(chosen)));
+    for (lines, message) in [
+        ("cid = 3", "h1.toml:29: vport.cid: needs front"),
+        ("front = \"f\"", "h1.toml:29: vport.front: needs cid"),
+        ("port = 9", "h1.toml:29: vport.port: only a virtual"),
+        ("max_streams = 9", "h1.toml:29: vport.max_streams: only a virtual"),
+        ("cid = 2\nfront = \"f\"", "h1.toml:29: vport.cid: 2 is no guest's"),
+        ("cid = 3\nfront = \"/run/a.vport\"", "h1.toml:30: vport.front: /run/a.vport is a vport's"),
+        ("cid = 3\nfront = \"/run/h1.ctl\"", "is the control socket"),
+        ("cid = 3\nfront = \"f\"\nport = 0", "h1.toml:31: vport.port: 0 is no"),
+        ("cid = 3\nfront = \"f\"\nmax_streams = 0", "h1.toml:31: vport.max_streams: 0 is not"),
+    ] {
+        let error = with(lines).unwrap_err();
+        assert!(error.contains(message), "{error}");
+    }
+}
+
+#[test]
 fn a_host_may_stand_alone() {
     let config = parse("host = \"h1\"\ncontrol = \"c\"\n").unwrap();
     assert!(config.backends.is_none() && config.vports.is_empty() && config.directory.is_empty());

@@ -4,9 +4,10 @@
 
 use mio::Interest;
 use vsocket_channel::message::Message;
+use vsocket_channel::reason::Reason;
 
 use super::{Daemon, Source};
-use crate::carrier::{Carrier, Gone};
+use crate::carrier::{Carrier, Fds, Gone};
 use crate::pairing::EndId;
 use crate::vport::Agent;
 
@@ -29,7 +30,7 @@ impl Daemon {
         }
     }
 
-    fn attach(&mut self, vport: u32, carrier: Carrier) {
+    pub(super) fn attach(&mut self, vport: u32, carrier: Carrier) {
         if self.vports[vport as usize].agent.is_some() {
             self.metrics.drops.count("second-agent");
             return;
@@ -55,10 +56,10 @@ impl Daemon {
                 return self.detach(vport, &gone);
             }
         }
-        self.more.push(vport);
+        self.more.push(Source::Agent(vport));
     }
 
-    fn agent_says(&mut self, vport: u32, message: Message) -> Result<(), Gone> {
+    pub(super) fn agent_says(&mut self, vport: u32, message: Message) -> Result<(), Gone> {
         let Some(agent) = &mut self.vports[vport as usize].agent else { return Ok(()) };
         let end = |conn| EndId { vport, conn };
         if agent.pid.is_none() != matches!(message, Message::Hello { .. }) {
@@ -67,11 +68,19 @@ impl Daemon {
         match message {
             Message::Hello { pid } => {
                 agent.pid = Some(pid);
+                // A virtual machine's front has the pidfd, and stands for it.
+                let beside: Fds =
+                    agent.carrier.passes_descriptors().then(|| self.pidfd.clone()).into_iter().collect();
                 tracing::info!(vport, pid, "agent attached");
                 let vni = self.vports[vport as usize].config.vni;
                 let welcome = Message::Welcome { vni, boot: self.boot };
-                let pidfd = self.pidfd.clone();
-                return self.vports[vport as usize].tell(&welcome, vec![pidfd]);
+                return self.vports[vport as usize].tell(&welcome, beside);
+            }
+            // Its rings would lie in its own memory, and it has not said where.
+            Message::Open { conn, .. } if !agent.carrier.passes_descriptors() => {
+                let reason = Reason::NoRingMemory;
+                self.metrics.declined(reason);
+                return self.vports[vport as usize].tell(&Message::Declined { conn, reason }, vec![]);
             }
             Message::Open { conn, program, tuple, min_generation } => {
                 self.pairing.handle_open(end(conn), program, tuple, min_generation);
