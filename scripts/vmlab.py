@@ -395,7 +395,8 @@ class Scenarios:
         # A busy machine puts much of it on kernel TCP; what the agent has seen go by the lane is all here.
         fabric, seen = moved.rose("a")["fabric"], [bytes_of(port) for port in (40001, 40002)]
         check(seen[0] >= MIB and seen[1] >= 200 * 100, f"bytes of the large and the small one: {seen}")
-        check(sum(seen) >= fabric, f"{seen} bytes captured, {fabric} by the lane")
+        # What still lay in a ring when its sender left went over TCP again: a ring at most, for each of four directions.
+        check(sum(seen) >= fabric - MIB, f"{seen} bytes captured, {fabric} by the lane")
         longest = max(way.longest for way in ways.values())
         if self.kind == "verbs":
             check(longest > 4096, f"no segment that went by WRITE: the longest has {longest} bytes")
