@@ -137,6 +137,13 @@ pub fn single_threaded() -> bool {
     unsafe { flag.as_ref() }.is_some_and(|flag| flag.load(Ordering::Relaxed) != 0)
 }
 
+/// Whether the machine has only one processor. Not: whether this process may use only one, as one that is pinned.
+pub fn one_processor() -> bool {
+    static ONE: OnceLock<bool> = OnceLock::new();
+    // SAFETY: only asks.
+    *ONE.get_or_init(|| unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) } == 1)
+}
+
 /// Whether a socket call without a time-out that a signal interrupted goes on by itself: every handler that could have run
 /// has `SA_RESTART` (signal(7)). Those of faults do not count: they are no interruption.
 pub fn calls_are_restarted() -> bool {

@@ -6,6 +6,7 @@
 use super::client::{self, SlabEntry};
 use super::conn::Conn;
 use super::descriptors::lift;
+use crate::kernel;
 use crate::memory::Bound;
 use crate::record::status;
 use rustix::event::epoll;
@@ -87,12 +88,6 @@ pub fn same_cpu(bound: &Bound, bell: usize) -> bool {
     bells.filter(|(n, _)| mask & (1 << n) != 0).any(|(_, b)| b.cpu.load(Ordering::Relaxed) == cpu)
 }
 
-/// Whether nobody else runs while this process does: then spinning without offering the processor is in vain.
-fn is_only_processor() -> bool {
-    static ONLY: OnceLock<bool> = OnceLock::new();
-    *ONLY.get_or_init(|| rustix::thread::sched_getaffinity(None).is_ok_and(|set| set.count() == 1))
-}
-
 /// One bounded spin.
 pub struct Spin {
     began: Instant,
@@ -108,7 +103,8 @@ impl Spin {
             began: Instant::now(),
             polls: 0,
             budget: Duration::from_nanos(u64::from(budget)),
-            yielding: crowded || is_only_processor(),
+            // Where nobody else runs meanwhile, spinning without offering the processor is in vain.
+            yielding: crowded || kernel::one_processor(),
         }
     }
 
