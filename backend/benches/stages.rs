@@ -84,7 +84,7 @@ struct Lane {
 
 impl End {
     fn new(pool: &mut Pool, program: u64, local: &str, remote: &str) -> Self {
-        let id = pool.take(SlabKey::Fabric((0, program), 0), RING as u64).expect("memory");
+        let id = pool.take(SlabKey::Fabric((0, program), 0), RING as u64).segment().expect("memory");
         let view = pool.view(id).expect("just taken");
         let stay = Stay { generation: 1, start: 1, escape: 7 };
         assert!(view.header().directions[0].publish_stay(stay));

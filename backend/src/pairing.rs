@@ -31,7 +31,7 @@ use vsocket_channel::reason::Reason;
 use crate::config::Mac;
 use crate::directory::Directory;
 use crate::peer::message::HostName;
-use crate::slab::{Segments, SlabKey};
+use crate::slab::{Program, Segments, SlabKey, Taken};
 
 mod effect;
 mod peer;
@@ -385,6 +385,16 @@ impl Pairing {
         }
     }
 
+    /// There is memory for a program of a virtual machine now, or there will be none for now: who waits for it looks again.
+    pub fn handle_memory(&mut self, (vport, program): Program) {
+        let waits = |(id, end): (&EndId, &End)| {
+            let its = id.vport == vport && end.program == program && end.state == EndState::Open;
+            its.then_some(*id)
+        };
+        let open: Vec<EndId> = self.ends.iter().filter_map(waits).collect();
+        self.ready.extend(open);
+    }
+
     /// Stays on the fabric that are not over.
     pub fn fabric_stays(&self) -> usize {
         self.stays.values().filter(|stay| stay.lane() == Lane::Fabric).count()
@@ -494,8 +504,10 @@ impl Pairing {
             return [a, b].into_iter().for_each(|id| self.decline(id, Reason::Violation));
         }
         let key = SlabKey::Direct(program_a, program_b);
-        let Some(segment) = segments.take(key, ring_a.min(ring_b)) else {
-            return [a, b].into_iter().for_each(|id| self.decline(id, Reason::Quota));
+        let segment = match segments.take(key, ring_a.min(ring_b)) {
+            Taken::Segment(segment) => segment,
+            Taken::Coming => return,
+            Taken::Nothing(reason) => return [a, b].into_iter().for_each(|id| self.decline(id, reason)),
         };
         let party = |end| Party::Guest(Guest { end, phase: GuestPhase::Asked });
         self.begin(Stay::new(generation, segment, [party(a), party(b)]));

@@ -21,6 +21,7 @@ use vsocket_channel::layout::{
     BELLS, Geometry, LAYOUT_VERSION, SEGMENT_HEADER_LEN, SLAB_HEADER_LEN, SLAB_MAGIC, SegmentHeader,
     SlabHeader,
 };
+use vsocket_channel::reason::Reason;
 use vsocket_channel::ring::Bytes;
 use vsocket_channel::sync::Ordering;
 
@@ -272,10 +273,33 @@ fn bells() -> io::Result<[Arc<OwnedFd>; BELLS]> {
     Ok([a, b, c, d])
 }
 
+/// What there is for one who wants a segment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Taken {
+    /// A segment, ready for a generation.
+    Segment(SegmentId),
+    /// Nothing yet: the guest was asked for memory, and `Pairing::handle_memory` tells when there is news of it.
+    Coming,
+    /// Nothing, and why.
+    Nothing(Reason),
+}
+
+impl Taken {
+    /// The segment, if there is one.
+    pub fn segment(self) -> Option<SegmentId> {
+        match self {
+            Self::Segment(id) => Some(id),
+            Self::Coming | Self::Nothing(_) => None,
+        }
+    }
+}
+
 /// Who gives segments to the pairing: the pool, or a test.
 pub trait Segments {
-    /// A segment ready for a generation, or `None` if memory is used up. A new slab has rings of `ring_len` bytes.
-    fn take(&mut self, key: SlabKey, ring_len: u64) -> Option<SegmentId>;
+    /// A segment ready for a generation. A new slab has rings of `ring_len` bytes.
+    fn take(&mut self, key: SlabKey, ring_len: u64) -> Taken;
+    /// Whether [`take`](Self::take) would have one now; if that is a matter of time only, it is asked for.
+    fn look(&mut self, key: SlabKey, ring_len: u64) -> bool;
 }
 
 /// All slabs of this host.
@@ -406,14 +430,18 @@ impl Pool {
 }
 
 impl Segments for Pool {
-    fn take(&mut self, key: SlabKey, ring_len: u64) -> Option<SegmentId> {
+    fn take(&mut self, key: SlabKey, ring_len: u64) -> Taken {
         match self.try_take(key, ring_len) {
-            Ok(id) => Some(id),
+            Ok(id) => Taken::Segment(id),
             Err(error) => {
                 tracing::warn!(%error, "no memory for a segment");
-                None
+                Taken::Nothing(Reason::Quota)
             }
         }
+    }
+
+    fn look(&mut self, _key: SlabKey, _ring_len: u64) -> bool {
+        true
     }
 }
 
@@ -429,7 +457,7 @@ mod tests {
     #[test]
     fn a_slab_is_sealed_and_describes_itself() {
         let mut pool = Pool::default();
-        let id = pool.take(KEY, 4096).unwrap();
+        let id = pool.take(KEY, 4096).segment().unwrap();
         let slab = pool.slab(id.slab).unwrap();
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         assert_eq!(fcntl_get_seals(&slab.memfd).unwrap(), seals);
@@ -441,7 +469,7 @@ mod tests {
     #[test]
     fn two_mappings_see_the_same_ring() {
         let mut pool = Pool::default();
-        let id = pool.take(KEY, 4096).unwrap();
+        let id = pool.take(KEY, 4096).segment().unwrap();
         let slab = pool.slab(id.slab).unwrap();
         let other = Memory::map(&slab.memfd, slab.memory.geometry()).unwrap();
         pool.view(id).unwrap().rings[1].put(4090, b"wraps around");
@@ -453,15 +481,15 @@ mod tests {
     #[test]
     fn a_segment_comes_back_reset_and_a_lost_one_never() {
         let mut pool = Pool::default();
-        let id = pool.take(KEY, 4096).unwrap();
+        let id = pool.take(KEY, 4096).segment().unwrap();
         pool.view(id).unwrap().header().directions[0].stay.sealed.store(1, Ordering::Relaxed);
         pool.give_back(id, true);
-        assert_eq!(pool.take(KEY, 4096), Some(id));
+        assert_eq!(pool.take(KEY, 4096), Taken::Segment(id));
         assert_eq!(pool.view(id).unwrap().header().directions[0].stay.sealed.load(Ordering::Relaxed), 0);
-        let held = pool.take(KEY, 4096).unwrap();
+        let held = pool.take(KEY, 4096).segment().unwrap();
         pool.give_back(id, false);
         for _ in 0..2 * SEGMENTS {
-            assert_ne!(pool.take(KEY, 4096), Some(id));
+            assert_ne!(pool.take(KEY, 4096), Taken::Segment(id));
         }
         assert_ne!(held, id);
     }
@@ -469,9 +497,9 @@ mod tests {
     #[test]
     fn other_mappers_get_another_slab() {
         let mut pool = Pool::default();
-        let a = pool.take(KEY, 4096).unwrap();
-        let b = pool.take(SlabKey::Direct((0, 1), (1, 2)), 4096).unwrap();
-        let c = pool.take(SlabKey::Fabric((0, 1), 0), 4096).unwrap();
+        let a = pool.take(KEY, 4096).segment().unwrap();
+        let b = pool.take(SlabKey::Direct((0, 1), (1, 2)), 4096).segment().unwrap();
+        let c = pool.take(SlabKey::Fabric((0, 1), 0), 4096).segment().unwrap();
         assert!(a.slab != b.slab && b.slab != c.slab);
         let waits = |id| pool.view(id).unwrap().header().waiters[1].mask.load(Ordering::Relaxed);
         assert_eq!((waits(a), waits(c)), (0, 1));
@@ -481,11 +509,11 @@ mod tests {
     fn idle_slabs_are_few_and_the_retired_go_at_once() {
         let mut pool = Pool::default();
         for program in 0..2 * IDLE as u64 {
-            let id = pool.take(SlabKey::Direct((0, program), (1, 1)), 4096).unwrap();
+            let id = pool.take(SlabKey::Direct((0, program), (1, 1)), 4096).segment().unwrap();
             pool.give_back(id, true);
         }
         assert_eq!(pool.len(), IDLE);
-        let used = pool.take(SlabKey::Direct((0, 1), (2, 1)), 4096).unwrap();
+        let used = pool.take(SlabKey::Direct((0, 1), (2, 1)), 4096).segment().unwrap();
         pool.retire(1);
         assert_eq!(pool.len(), 1);
         pool.retire(2);

@@ -9,10 +9,14 @@
 //! 0  magic "VSK\0"   4  version u16   6  kind u16   8  body …   (the rest is zero)
 //! ```
 
-use crate::Side;
 use crate::layout::Geometry;
 use crate::reason::Reason;
-use core::net::{IpAddr, Ipv6Addr, SocketAddr};
+use core::net::SocketAddr;
+
+mod parts;
+
+use parts::{Field, Reader, Writer};
+pub use parts::{Lane, MAX_REGIONS, RUNS, Region, Runs, Segment, Tuple};
 
 /// Bytes of every message.
 pub const MESSAGE_LEN: usize = 128;
@@ -61,241 +65,6 @@ impl Malformed {
             Self::Kind(_) => "message-kind",
             Self::Field(_) => "message-field",
         }
-    }
-}
-
-/// A connection's addresses, seen from its owner. IPv4-mapped IPv6 addresses are IPv4 here.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct Tuple {
-    /// The owner's end.
-    pub local: SocketAddr,
-    /// The other end.
-    pub remote: SocketAddr,
-}
-
-impl Tuple {
-    /// A tuple with mapped addresses unmapped and flow labels and scopes dropped.
-    pub fn new(local: SocketAddr, remote: SocketAddr) -> Self {
-        let plain = |a: SocketAddr| SocketAddr::new(a.ip().to_canonical(), a.port());
-        Self { local: plain(local), remote: plain(remote) }
-    }
-
-    /// The same connection seen from the other end.
-    #[must_use]
-    pub fn mirrored(self) -> Self {
-        Self { local: self.remote, remote: self.local }
-    }
-}
-
-/// What carries a direction's bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Lane {
-    /// Kernel TCP, the anchor itself.
-    Tcp,
-    /// A ring shared by two endpoints.
-    Direct,
-    /// Ring, backend, fabric, backend, ring.
-    Fabric,
-}
-
-impl Lane {
-    /// Its name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Tcp => "tcp",
-            Self::Direct => "direct",
-            Self::Fabric => "fabric",
-        }
-    }
-
-    /// Its number, as messages and records carry it.
-    pub fn code(self) -> u8 {
-        match self {
-            Self::Tcp => 0,
-            Self::Direct => 1,
-            Self::Fabric => 2,
-        }
-    }
-
-    /// The lane with this number.
-    pub fn from_code(code: u8) -> Option<Self> {
-        match code {
-            0 => Some(Self::Tcp),
-            1 => Some(Self::Direct),
-            2 => Some(Self::Fabric),
-            _ => None,
-        }
-    }
-}
-
-/// A segment for one generation of a connection, and who the receiver of the message is in it.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct Segment {
-    /// The slab's number, unique in the life of the backend named by `boot`.
-    pub slab: u64,
-    /// Number of the segment in the slab.
-    pub index: u32,
-    /// The slab's sizes.
-    pub geometry: Geometry,
-    /// The side of the message's receiver.
-    pub side: Side,
-    /// `Direct` or `Fabric`.
-    pub lane: Lane,
-}
-
-/// Most regions of a guest's memory: what vhost-user can hand over at a time.
-pub const MAX_REGIONS: u32 = 32;
-
-/// A region of a guest's memory: whole pages, which wrap round nowhere.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct Region {
-    /// Which one of its table, from 0.
-    pub index: u32,
-    /// How many the table has.
-    pub count: u32,
-    /// Where it begins for the guest.
-    pub address: u64,
-    /// Its bytes.
-    pub size: u64,
-    /// Where it begins in its descriptor.
-    pub offset: u64,
-}
-
-impl Region {
-    /// Whether it can be.
-    pub fn is_valid(&self) -> bool {
-        let Self { index, count, address, size, offset } = *self;
-        let ends = |from: u64| from.checked_add(size).is_some_and(|end| i64::try_from(end).is_ok());
-        let whole = |n: u64| n.is_multiple_of(4096);
-        index < count
-            && count <= MAX_REGIONS
-            && size > 0
-            && [address, size, offset].into_iter().all(whole)
-            && ends(address)
-            && ends(offset)
-    }
-}
-
-/// Fields in their order in a body.
-struct Writer<'a>(&'a mut [u8]);
-struct Reader<'a>(&'a [u8]);
-
-trait Field: Sized {
-    fn put(&self, out: &mut Writer<'_>);
-    fn take(from: &mut Reader<'_>) -> Option<Self>;
-}
-
-impl Writer<'_> {
-    fn bytes(&mut self, bytes: &[u8]) {
-        let (head, rest) = core::mem::take(&mut self.0).split_at_mut(bytes.len());
-        head.copy_from_slice(bytes);
-        self.0 = rest;
-    }
-}
-
-impl<'a> Reader<'a> {
-    fn bytes<const N: usize>(&mut self) -> Option<&'a [u8; N]> {
-        let (head, rest) = self.0.split_first_chunk()?;
-        self.0 = rest;
-        Some(head)
-    }
-}
-
-macro_rules! integer_fields {
-    ($($t:ty),*) => { $(impl Field for $t {
-        fn put(&self, out: &mut Writer<'_>) { out.bytes(&self.to_le_bytes()); }
-        fn take(from: &mut Reader<'_>) -> Option<Self> { Some(Self::from_le_bytes(*from.bytes()?)) }
-    })* };
-}
-integer_fields!(u8, u16, u32, u64);
-
-impl Field for bool {
-    fn put(&self, out: &mut Writer<'_>) {
-        u8::from(*self).put(out);
-    }
-    fn take(from: &mut Reader<'_>) -> Option<Self> {
-        match u8::take(from)? {
-            0 => Some(false),
-            1 => Some(true),
-            _ => None,
-        }
-    }
-}
-
-impl Field for Reason {
-    fn put(&self, out: &mut Writer<'_>) {
-        (*self as u16).put(out);
-    }
-    fn take(from: &mut Reader<'_>) -> Option<Self> {
-        Self::from_code(u16::take(from)?)
-    }
-}
-
-impl Field for SocketAddr {
-    fn put(&self, out: &mut Writer<'_>) {
-        let (family, ip) = match self.ip() {
-            IpAddr::V4(v4) => (4u8, v4.to_ipv6_mapped()),
-            IpAddr::V6(v6) => (6, v6),
-        };
-        family.put(out);
-        out.bytes(&ip.octets());
-        self.port().put(out);
-    }
-    fn take(from: &mut Reader<'_>) -> Option<Self> {
-        let family = u8::take(from)?;
-        let ip = Ipv6Addr::from(*from.bytes::<16>()?);
-        let port = u16::take(from)?;
-        let ip = match family {
-            4 => IpAddr::V4(ip.to_ipv4_mapped()?),
-            6 if ip.to_ipv4_mapped().is_none() => IpAddr::V6(ip),
-            _ => return None,
-        };
-        Some(Self::new(ip, port))
-    }
-}
-
-impl Field for Tuple {
-    fn put(&self, out: &mut Writer<'_>) {
-        self.local.put(out);
-        self.remote.put(out);
-    }
-    fn take(from: &mut Reader<'_>) -> Option<Self> {
-        let (local, remote) = (SocketAddr::take(from)?, SocketAddr::take(from)?);
-        (local.is_ipv4() == remote.is_ipv4()).then_some(Self { local, remote })
-    }
-}
-
-impl Field for Segment {
-    fn put(&self, out: &mut Writer<'_>) {
-        self.slab.put(out);
-        self.index.put(out);
-        self.geometry.segments().put(out);
-        (self.geometry.ring_len() as u64).put(out);
-        (self.side.index() as u8).put(out);
-        self.lane.code().put(out);
-    }
-    fn take(from: &mut Reader<'_>) -> Option<Self> {
-        let (slab, index) = (u64::take(from)?, u32::take(from)?);
-        let geometry = Geometry::new(u32::take(from)?, u64::take(from)?)?;
-        let side = Side::from_index(u8::take(from)?)?;
-        let lane = Lane::from_code(u8::take(from)?).filter(|l| *l != Lane::Tcp)?;
-        geometry.segment_offset(index)?;
-        Some(Self { slab, index, geometry, side, lane })
-    }
-}
-
-impl Field for Region {
-    fn put(&self, out: &mut Writer<'_>) {
-        self.index.put(out);
-        self.count.put(out);
-        self.address.put(out);
-        self.size.put(out);
-        self.offset.put(out);
-    }
-    fn take(from: &mut Reader<'_>) -> Option<Self> {
-        let (index, count) = (u32::take(from)?, u32::take(from)?);
-        let (address, size, offset) = (u64::take(from)?, u64::take(from)?, u64::take(from)?);
-        Some(Self { index, count, address, size, offset }).filter(Self::is_valid)
     }
 }
 
@@ -581,11 +350,95 @@ messages! {
     FrontQuiet = 47 {}
     /// Front → backend: the guest goes on where it stood.
     FrontResumed = 48 {}
+    /// Backend → front: keep this until the guest boots again. Front → backend, behind `FrontWelcome`: what it was given to keep
+    /// by a backend before, so that who has registered in this boot is known to every backend.
+    FrontToken = 49 {
+        /// A secret between the guest's keeper and the backends; not 0.
+        token: u128,
+    }
+    /// Keeper → backend, first on the stream on which it registers, which it opens from a privileged port. Answered by
+    /// `Registered`, or by the stream's end. The first of a boot is let in with any token; each later one must bring the token that the
+    /// one before was given.
+    Register = 50 {
+        /// 0, or the token that it was given earlier.
+        token: u128,
+        /// The keeper's process in the guest, for the log.
+        pid: u32,
+    }
+    /// Backend → keeper → agent. From here on no backend touches memory that was told of on earlier streams.
+    Registered = 51 {
+        /// What proves from now on who registers, and who presents itself.
+        token: u128,
+        /// As in `Welcome`.
+        boot: u64,
+    }
+    /// Backend → keeper: make and pin memory for a slab, hand it to the agent (`SlabMade`), and then tell its pages
+    /// (`SlabPages`), or say why not (`SlabRefused`).
+    SlabWanted = 52 {
+        /// The slab's number, unique under `boot`.
+        slab: u64,
+        /// The program that will map it, by the agent's number.
+        program: u64,
+        /// Its sizes.
+        geometry: Geometry,
+    }
+    /// Keeper → backend: the next pages of a slab, pinned before their numbers were read. The slab is whole when as many have come
+    /// as its geometry takes; the backend touches them from then on, until it says `SlabRelease`.
+    SlabPages = 53 {
+        /// Which slab.
+        slab: u64,
+        /// How many pages have come before.
+        first: u32,
+        /// These, of 4096 bytes.
+        runs: Runs,
+    }
+    /// Keeper → backend: there is no memory for this slab; none of it is touched.
+    SlabRefused = 54 {
+        /// Which slab.
+        slab: u64,
+        /// Why.
+        reason: Reason,
+    }
+    /// Backend → keeper → agent: the backend does not touch this slab's memory any more. It can be freed.
+    SlabRelease = 55 {
+        /// Which slab.
+        slab: u64,
+    }
+    /// Keeper → agent; beside it the slab's memfd.
+    SlabMade = 56 {
+        /// Which slab.
+        slab: u64,
+        /// The program that will map it.
+        program: u64,
+        /// Its sizes.
+        geometry: Geometry,
+    }
+    /// Agent → backend, first on each of its streams. On that of program 0 it goes on with `Hello`. Each of the others is the
+    /// doorbell of a program: behind this message both ends write bytes to ring and read them for nothing. The backend rings bell
+    /// n of the program's side on the stream of bell n, and the program rings the backend's on that of bell 0. The agent ends
+    /// them when the program has ended.
+    Present = 57 {
+        /// As the keeper was given it.
+        token: u128,
+        /// The program, or 0.
+        program: u64,
+        /// Which doorbell.
+        bell: u32,
+    }
+    /// Backend → agent: so many bytes lie in this doorbell, which programs wait for and never read, that it is to be read empty but for
+    /// one byte.
+    BellFull = 58 {
+        /// The program.
+        program: u64,
+        /// Which doorbell.
+        bell: u32,
+    }
 }
 
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
+    use crate::Side;
     use proptest::prelude::*;
 
     fn open() -> Message {
@@ -615,9 +468,20 @@ mod tests {
             Message::Capture { vport: 3, vni: u32::MAX, local, remote, snaplen: 96, queue: 1 << 20 };
         let declined = Message::Declined { conn: 1, reason: Reason::Quota };
         let stream = Message::FrontStream { id: 1, guest_port: 1023, host_port: u32::MAX };
-        for message in
-            [open(), prepare(), declined, capture, Message::CaptureEnd {}, front(good_region()), stream]
-        {
+        let geometry = Geometry::new(16, 4096).unwrap();
+        let wanted = Message::SlabWanted { slab: 1, program: 2, geometry };
+        let token = Message::Present { token: u128::MAX - 1, program: 3, bell: 3 };
+        for message in [
+            open(),
+            prepare(),
+            declined,
+            capture,
+            Message::CaptureEnd {},
+            front(good_region()),
+            stream,
+            wanted,
+            token,
+        ] {
             assert_eq!(Message::decode(&message.encode()), Ok(message));
         }
     }
@@ -647,6 +511,27 @@ mod tests {
     }
 
     #[test]
+    fn pages_travel_as_runs() {
+        let pages: Vec<u64> = (7..100).chain([200, 300, 301]).chain((0..20).map(|n| 1000 - 2 * n)).collect();
+        let (runs, taken) = Runs::of(&pages).unwrap();
+        assert_eq!(taken, 93 + 1 + 2 + 9);
+        assert_eq!(runs.iter().take(3).collect::<Vec<_>>(), [(7, 93), (200, 1), (300, 2)]);
+        let message = Message::SlabPages { slab: 1, first: 9, runs };
+        assert_eq!(Message::decode(&message.encode()), Ok(message));
+        let many: Vec<u64> = (1..70_000).collect();
+        assert_eq!(Runs::of(&many).map(|(runs, taken)| (runs.iter().count(), taken)), Some((2, 69_999)));
+        assert!(Runs::of(&[0]).is_none() && Runs::of(&[1 << 48]).is_none());
+        for bad in [[0, 0], [5 << 16, 0], [1, 0], [0, 5 << 16 | 1]] {
+            let mut image = message.encode();
+            image[8 + 12..].fill(0);
+            for (n, run) in bad.into_iter().enumerate() {
+                image[20 + 8 * n..28 + 8 * n].copy_from_slice(&u64::to_le_bytes(run));
+            }
+            assert_eq!(Message::decode(&image), Err(Malformed::Field(53)), "{bad:?}");
+        }
+    }
+
+    #[test]
     fn each_fault_has_its_name() {
         let good = prepare().encode();
         assert_eq!(Message::decode(&good[1..]), Err(Malformed::Length(127)));
@@ -667,7 +552,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_image_is_an_answer(image in prop::collection::vec(any::<u8>(), MESSAGE_LEN), kind in 0u16..50) {
+        fn any_image_is_an_answer(image in prop::collection::vec(any::<u8>(), MESSAGE_LEN), kind in 0u16..60) {
             let mut image = image;
             image[..4].copy_from_slice(&MAGIC);
             image[4..6].copy_from_slice(&VERSION.to_le_bytes());

@@ -77,6 +77,8 @@ reasons! {
     FabricFull = 25, "fabric-full";
     /// The guest, a virtual machine, has not registered memory for rings.
     NoRingMemory = 26, "no-ring-memory";
+    /// The guest, a virtual machine, stands still, and its memory is not touched.
+    GuestPaused = 27, "guest-paused";
 }
 
 #[cfg(all(test, not(loom)))]

@@ -163,7 +163,7 @@ impl Transmit for Sent {
 
 impl End {
     fn new(pool: &mut Pool, ring: usize, side: usize, number: usize) -> Self {
-        let id = pool.take(SlabKey::Fabric((side as u32, 1), 0), ring as u64).expect("memory");
+        let id = pool.take(SlabKey::Fabric((side as u32, 1), 0), ring as u64).segment().expect("memory");
         let view = pool.view(id).expect("just taken");
         assert!(view.header().directions[0].publish_stay(Stay { generation: 1, start: 1, escape: 7 }));
         let ends = [([198, 51, 100, 1], 4000 + number as u16).into(), ([198, 51, 100, 3], 6379).into()];

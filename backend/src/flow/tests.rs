@@ -20,7 +20,7 @@ struct Guest {
 impl Guest {
     fn new(ring: u64) -> Self {
         let mut pool = Pool::default();
-        let id = pool.take(SlabKey::Fabric((0, 1), 0), ring).unwrap();
+        let id = pool.take(SlabKey::Fabric((0, 1), 0), ring).segment().unwrap();
         let (view, memory) = (pool.view(id).unwrap(), pool.slab(id.slab).unwrap().memory.clone());
         assert_eq!(memory.geometry(), Geometry::new(16, ring).unwrap());
         Self { _pool: pool, view, memory, head: 0, tail: 0 }

@@ -12,7 +12,7 @@ use super::remote::leads;
 use super::stay::{Guest, Host, HostPhase, Party, Stay};
 use super::{Effect, EndState, FlowUse, Pairing, Place, RemoteOffer};
 use crate::peer::message::{PeerMessage, RegionRef};
-use crate::slab::Segments;
+use crate::slab::{Segments, Taken};
 
 /// Offers of other backends that wait at the same time.
 const MAX_OFFERS: usize = 1 << 16;
@@ -203,7 +203,12 @@ impl Pairing {
         if generation < least {
             return Err(Reason::Superseded);
         }
-        let segment = self.segment(id, peer, segments).ok_or(Reason::Quota)?;
+        let segment = match self.segment(id, peer, segments) {
+            Taken::Segment(segment) => segment,
+            // Others were faster. Our end is offered again when there is more.
+            Taken::Coming => return Err(Reason::PeerNotOpen),
+            Taken::Nothing(reason) => return Err(reason),
+        };
         let phase = HostPhase::Waiting(rx);
         let host = Host { peer, flow: own, peer_flow: flow, phase, ended: false };
         self.begin_fabric(id, generation, segment, host);

@@ -15,7 +15,7 @@ use vsocket_channel::reason::Reason;
 use super::stay::{Guest, GuestPhase, Host, HostPhase, Party, Stay};
 use super::{Effect, EndId, EndState, FlowStart, FlowUse, Pairing, Place, RemoteOffer};
 use crate::peer::message::PeerMessage;
-use crate::slab::{SegmentId, Segments, SlabKey};
+use crate::slab::{SegmentId, Segments, SlabKey, Taken};
 
 impl Pairing {
     /// A peer's control connection is there.
@@ -124,9 +124,14 @@ impl Pairing {
             return self.decline(id, Reason::PeerHostDown);
         }
         let vni = self.vni(id);
+        let ring_len = self.vports[id.vport as usize].facts.ring_len;
         let Some(end) = self.ends.get_mut(&id) else { return };
         let tuple = end.tuple;
         if end.offer.is_none() {
+            // The peer, if it leads, takes our word that we can follow.
+            if !segments.look(SlabKey::Fabric((id.vport, end.program), peer), ring_len) {
+                return;
+            }
             self.last_flow += 1;
             let flow = self.last_flow;
             end.offer = Some(flow);
@@ -215,8 +220,10 @@ impl Pairing {
         if generation == u32::MAX {
             return self.decline(id, Reason::Violation);
         }
-        let Some(segment) = self.segment(id, offer.peer, segments) else {
-            return self.decline(id, Reason::Quota);
+        let segment = match self.segment(id, offer.peer, segments) {
+            Taken::Segment(segment) => segment,
+            Taken::Coming => return,
+            Taken::Nothing(reason) => return self.decline(id, reason),
         };
         let Some(flow) = self.ends.get_mut(&id).and_then(|end| end.offer.take()) else { return };
         self.remote_offers.remove(&(vni, tuple));
@@ -234,9 +241,10 @@ impl Pairing {
         self.begin(Stay::new(generation, segment, [guest, Party::Host(host)]));
     }
 
-    pub(super) fn segment(&self, id: EndId, peer: u32, segments: &mut impl Segments) -> Option<SegmentId> {
-        let program = (id.vport, self.ends.get(&id)?.program);
-        segments.take(SlabKey::Fabric(program, peer), self.vports[id.vport as usize].facts.ring_len)
+    pub(super) fn segment(&self, id: EndId, peer: u32, segments: &mut impl Segments) -> Taken {
+        let Some(end) = self.ends.get(&id) else { return Taken::Nothing(Reason::Ending) };
+        let ring_len = self.vports[id.vport as usize].facts.ring_len;
+        segments.take(SlabKey::Fabric((id.vport, end.program), peer), ring_len)
     }
 
     /// The peer of a stay writes no more; if it is not ending yet, it ends now.

@@ -480,3 +480,32 @@ fn any_order_of_events_ends_with_nothing_held() {
         }
     }
 }
+
+#[test]
+fn who_has_no_memory_yet_is_not_offered_and_one_outrun_is_offered_again() {
+    for late in 0..2 {
+        let mut two = Two::new();
+        two.hosts[late].segs.there = Some(0);
+        two.open(0, 1);
+        two.open(1, 1);
+        assert_eq!(two.heard(1 - late), ["declined peer-not-open"]);
+        assert!(two.heard(late).is_empty());
+        two.hosts[late].segs.there = Some(1);
+        two.hosts[late].pairing.handle_memory((0, 1));
+        two.run();
+        assert_eq!(two.heard(0), ["prepare 1"]);
+    }
+    let mut two = Two::new();
+    two.open(1, 1);
+    two.hosts[1].segs.there = Some(0);
+    two.open(0, 1);
+    two.prepared(0, 1);
+    assert!(!two.heard(1).contains(&"prepare 1".to_owned()));
+    two.left(0, 1);
+    two.hosts[1].segs.there = None;
+    two.hosts[1].pairing.handle_memory((0, 1));
+    two.run();
+    let generation = two.hosts[0].pairing.parties.keys().next().unwrap().1;
+    two.prepared(0, generation);
+    assert!(two.heard(1).contains(&format!("prepare {generation}")));
+}

@@ -24,12 +24,17 @@ pub struct Segs {
     keys: HashMap<SegmentId, SlabKey>,
     last: u64,
     pub empty: bool,
+    /// Segments that are there; what is above is still to come.
+    pub there: Option<usize>,
 }
 
 impl Segments for Segs {
-    fn take(&mut self, key: SlabKey, _ring_len: u64) -> Option<SegmentId> {
+    fn take(&mut self, key: SlabKey, _ring_len: u64) -> Taken {
         if self.empty {
-            return None;
+            return Taken::Nothing(Reason::Quota);
+        }
+        if !self.look(key, 0) {
+            return Taken::Coming;
         }
         let id = self.free.entry(key).or_default().pop().unwrap_or_else(|| {
             self.last += 1;
@@ -37,7 +42,11 @@ impl Segments for Segs {
         });
         self.keys.insert(id, key);
         assert!(self.out.insert(id), "handed out twice");
-        Some(id)
+        Taken::Segment(id)
+    }
+
+    fn look(&mut self, _key: SlabKey, _ring_len: u64) -> bool {
+        self.there.is_none_or(|there| self.out.len() < there)
     }
 }
 
@@ -293,4 +302,23 @@ fn direct_lanes_outlive_an_orderly_end() {
     one.pairing.handle_stop(Reason::BackendGone);
     assert!(one.done().is_empty());
     assert_eq!(one.pairing.fabric_stays(), 0);
+}
+
+#[test]
+fn memory_that_is_coming_is_waited_for_and_none_is_a_reason() {
+    let mut one = One::new();
+    one.segs.there = Some(0);
+    one.open_both(1);
+    assert!(one.done().is_empty());
+    one.segs.there = Some(1);
+    one.pairing.handle_memory((0, 2));
+    assert!(one.done().is_empty(), "another program's");
+    one.pairing.handle_memory((0, 1));
+    assert_eq!(one.done().len(), 2);
+    let mut one = One::new();
+    one.segs.there = Some(0);
+    one.open_both(1);
+    (one.segs.there, one.segs.empty) = (None, true);
+    one.pairing.handle_memory((1, 1));
+    assert_eq!(one.done(), ["0/1 declined quota", "1/2 declined quota"]);
 }

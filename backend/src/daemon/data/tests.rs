@@ -110,7 +110,7 @@ impl Host {
 
     fn add(&mut self, n: usize) -> RegionRef {
         // A slab each.
-        let id = self.pool.take(SlabKey::Fabric((0, n as u64), 0), RING as u64).unwrap();
+        let id = self.pool.take(SlabKey::Fabric((0, n as u64), 0), RING as u64).segment().unwrap();
         let (view, slab) = (self.pool.view(id).unwrap(), self.pool.slab(id.slab).unwrap());
         let key = self.data.key(id.slab, slab, self.pair.domain).unwrap();
         let rx = key.base + view.ring_offset(Direction::One) as u64;
