@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from vmlab import TARGET, Failure, Lab, check, clear_away, on_signals, wait_until
+from vmqmp import Qmp
 
 MACHINE, CID, PORT = "h1", "2", "7650"
 VSOCKETD = str(Path(os.environ.get("VSOCKET_BIN") or TARGET / "release") / "vsocketd")
@@ -161,34 +162,6 @@ class Daemon:
     def __exit__(self, *_):
         self.child.kill()
         self.child.wait()
-
-
-class Qmp:
-    """QEMU's monitor."""
-
-    def __init__(self, path):
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.settimeout(20)
-        self.socket.connect(str(path))
-        self.lines = self.socket.makefile()
-        self.events = []
-        self.lines.readline()
-        self.do("qmp_capabilities")
-
-    def do(self, command, **arguments):
-        self.socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
-        while True:
-            answer = json.loads(self.lines.readline())
-            if "event" in answer:
-                self.events.append(answer)
-                continue
-            check("return" in answer, f"QMP {command}: {answer.get('error')}")
-            return answer["return"]
-
-    def event(self, name):
-        while not any(event["event"] == name for event in self.events):
-            self.events.append(json.loads(self.lines.readline()))
-        self.events = []
 
 
 class Scenarios:
