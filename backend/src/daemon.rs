@@ -30,6 +30,8 @@ mod data;
 mod effects;
 mod guests;
 #[cfg(feature = "vm")]
+mod keepers;
+#[cfg(feature = "vm")]
 mod machines;
 mod peers;
 mod rhythm;
@@ -58,6 +60,11 @@ enum Source {
     /// Of a vport, by number.
     #[cfg(feature = "vm")]
     Caller(u32, u32),
+    #[cfg(feature = "vm")]
+    Keeper(u32),
+    /// Of a vport, by number.
+    #[cfg(feature = "vm")]
+    GuestBell(u32, u32),
 }
 
 const KIND_SHIFT: u32 = 48;
@@ -78,6 +85,10 @@ impl Source {
             // Of both there are far fewer.
             #[cfg(feature = "vm")]
             Self::Caller(vport, n) => (9, u64::from(vport) << 16 | u64::from(n)),
+            #[cfg(feature = "vm")]
+            Self::Keeper(n) => (10, u64::from(n)),
+            #[cfg(feature = "vm")]
+            Self::GuestBell(vport, n) => (11, u64::from(vport) << 16 | u64::from(n)),
         };
         Token((kind << KIND_SHIFT | n) as usize)
     }
@@ -97,6 +108,10 @@ impl Source {
             8 => Self::Front(n as u32),
             #[cfg(feature = "vm")]
             9 => Self::Caller((n >> 16) as u32, n as u32 & 0xffff),
+            #[cfg(feature = "vm")]
+            10 => Self::Keeper(n as u32),
+            #[cfg(feature = "vm")]
+            11 => Self::GuestBell((n >> 16) as u32, n as u32 & 0xffff),
             _ => return None,
         })
     }
@@ -151,6 +166,12 @@ pub struct Daemon {
     pub(crate) passes: u64,
     /// Since when we are to end.
     ending: Option<Instant>,
+    /// A doorbell of a virtual machine is to be read empty there.
+    #[cfg(feature = "vm")]
+    bells_full: Arc<AtomicBool>,
+    /// Guests that stand still, whose fronts wait for our word.
+    #[cfg(feature = "vm")]
+    quieting: Vec<u32>,
 }
 
 impl Daemon {
@@ -181,7 +202,7 @@ impl Daemon {
         let mut boot = [0; 8];
         getrandom::fill(&mut boot).map_err(|error| Error::System(io::Error::other(error)))?;
         let pidfd = pidfd_open(getpid(), PidfdFlags::empty()).map_err(|e| Error::System(e.into()))?;
-        let daemon = Self {
+        let mut daemon = Self {
             host: config.host.as_str().to_owned(),
             vports,
             pairing,
@@ -200,9 +221,16 @@ impl Daemon {
             more: Vec::new(),
             passes: 0,
             ending: None,
+            #[cfg(feature = "vm")]
+            bells_full: Arc::default(),
+            #[cfg(feature = "vm")]
+            quieting: Vec::new(),
         };
         for (n, vport) in daemon.vports.iter().enumerate() {
             let source = Source::Listener(n as u32);
+            if vport.config.machine.is_some() {
+                daemon.pool.set_lender(n as u32);
+            }
             daemon.watch(vport.raw_fd(), source, Interest::READABLE).map_err(Error::System)?;
         }
         let operator = daemon.operator.raw_fd();
@@ -297,6 +325,10 @@ impl Daemon {
         // Also a backend that never rests acknowledges everything within moments.
         let worked = data.pass(&mut self.metrics.drops, self.passes.is_multiple_of(64));
         self.take_notices();
+        #[cfg(feature = "vm")]
+        if self.bells_full.load(Ordering::Relaxed) && self.bells_full.swap(false, Ordering::Relaxed) {
+            self.empty_bells();
+        }
         worked
     }
 
@@ -345,6 +377,10 @@ impl Daemon {
             Source::Front(vport) => self.front_ready(vport),
             #[cfg(feature = "vm")]
             Source::Caller(vport, slot) => self.caller_ready(vport, slot),
+            #[cfg(feature = "vm")]
+            Source::Keeper(vport) => self.keeper_ready(vport),
+            #[cfg(feature = "vm")]
+            Source::GuestBell(vport, slot) => self.guest_rings(vport, slot),
             Source::Listener(vport) => self.agent_arrives(vport),
             Source::Agent(vport) => self.agent_ready(vport),
             Source::Operator => self.tool_arrives(),

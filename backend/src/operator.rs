@@ -123,7 +123,13 @@ impl Daemon {
         let machine = vport.machine.as_ref().map(|machine| {
             let memory = machine.memory.as_ref().map(crate::machine::Ram::bytes);
             let front = machine.front.as_ref().and_then(|front| front.pid);
-            json!({ "front": front.is_some(), "memory_bytes": memory.unwrap_or(0), "paused": machine.paused })
+            json!({
+                "front": front.is_some(),
+                "memory_bytes": memory.unwrap_or(0),
+                "paused": machine.paused,
+                "registered": machine.keeper.as_ref().is_some_and(|keeper| keeper.answered),
+                "slabs": self.pool.lent(number),
+            })
         });
         #[cfg(not(feature = "vm"))]
         let machine: Option<Value> = None;

@@ -107,7 +107,17 @@ struct End {
 struct Vport {
     facts: VportFacts,
     drained: bool,
+    /// The guest stands still, and its memory is not touched.
+    paused: bool,
     ends: u32,
+}
+
+impl Vport {
+    /// Why its connections stay on TCP, if they have to.
+    fn barred(&self) -> Option<Reason> {
+        let reasons = [(self.drained, Reason::Drained), (self.paused, Reason::GuestPaused)];
+        reasons.into_iter().find_map(|(is, reason)| is.then_some(reason))
+    }
 }
 
 /// Another backend's offer, waiting for our end.
@@ -183,7 +193,8 @@ impl Pairing {
             facts.addresses.iter().map(move |a| ((vni, a.to_canonical()), n as u32)).collect::<Vec<_>>()
         };
         let local = vports.iter().enumerate().flat_map(each).collect();
-        let vports = vports.into_iter().map(|facts| Vport { facts, drained: false, ends: 0 }).collect();
+        let vports =
+            vports.into_iter().map(|facts| Vport { facts, drained: false, paused: false, ends: 0 }).collect();
         let hosts = hosts.iter().enumerate().map(|(n, host)| (host.clone(), n as u32)).collect();
         Self {
             vports,
@@ -358,20 +369,50 @@ impl Pairing {
     /// The operator moves a vport's connections to TCP, or lets them return.
     pub fn handle_drain(&mut self, vport: u32, on: bool) -> bool {
         let Some(state) = self.vports.get_mut(vport as usize) else { return false };
-        let changed = state.drained != on;
-        state.drained = on;
-        if changed && on {
-            let message = Message::Withdraw { conn: 0, generation: 0, reason: Reason::Drained };
+        if std::mem::replace(&mut state.drained, on) != on {
+            self.bar(vport, on.then_some(Reason::Drained));
+        }
+        true
+    }
+
+    /// A guest's memory is not to be touched any more, or may be again.
+    pub fn handle_pause(&mut self, vport: u32, on: bool) {
+        let Some(state) = self.vports.get_mut(vport as usize) else { return };
+        if std::mem::replace(&mut state.paused, on) != on {
+            self.bar(vport, on.then_some(Reason::GuestPaused));
+        }
+    }
+
+    fn bar(&mut self, vport: u32, why: Option<Reason>) {
+        if let Some(reason) = why {
+            let message = Message::Withdraw { conn: 0, generation: 0, reason };
             self.effects.push_back(Effect::Tell { vport, message });
             for (id, stay) in self.held(vport) {
-                self.silence(stay, id, GuestPhase::Withdrawn, Reason::Drained);
+                self.silence(stay, id, GuestPhase::Withdrawn, reason);
             }
         }
         let open =
             |(id, end): (&EndId, &End)| (id.vport == vport && end.state == EndState::Open).then_some(*id);
         let open: Vec<EndId> = self.ends.iter().filter_map(open).collect();
         self.ready.extend(open);
-        true
+    }
+
+    /// Whether no other host writes to this guest's memory: its stays are over, or have not got so far.
+    pub fn is_quiet(&self, vport: u32) -> bool {
+        !self.stays.values().any(|stay| stay.is_written_to(vport))
+    }
+
+    /// A program has ended, or can be woken no more: its stays are over.
+    pub fn handle_program_gone(&mut self, (vport, program): Program, reason: Reason) {
+        let its = |(id, end): (&EndId, &End)| match end.state {
+            EndState::Staying(stay) => (id.vport == vport && end.program == program).then_some(stay),
+            _ => None,
+        };
+        let stays: Vec<u64> = self.ends.iter().filter_map(its).collect();
+        for stay in stays {
+            self.end_stay(stay, reason, usize::MAX);
+            self.settle(stay);
+        }
     }
 
     /// The daemon is about to end: no new stays, and every end leaves the fabric. Direct lanes go on without us.
@@ -393,6 +434,11 @@ impl Pairing {
         };
         let open: Vec<EndId> = self.ends.iter().filter_map(waits).collect();
         self.ready.extend(open);
+    }
+
+    /// As [`handle_memory`](Self::handle_memory), for all programs of a virtual machine.
+    pub fn handle_memory_of(&mut self, vport: u32) {
+        self.bar(vport, None);
     }
 
     /// Stays on the fabric that are not over.
@@ -471,16 +517,16 @@ impl Pairing {
     fn try_pair(&mut self, id: EndId, segments: &mut impl Segments) {
         let Some(end) = self.ends.get(&id).filter(|end| end.state == EndState::Open) else { return };
         let (vni, tuple) = (self.vni(id), end.tuple);
-        if self.vports[id.vport as usize].drained {
-            self.withdraw_offer(id, Reason::Drained);
-            return self.decline(id, Reason::Drained);
+        if let Some(reason) = self.vports[id.vport as usize].barred() {
+            self.withdraw_offer(id, reason);
+            return self.decline(id, reason);
         }
         match self.place(vni, tuple.remote.ip()) {
             Place::Vport(other) if other != id.vport => {
                 let far = self.by_tuple.get(&(vni, tuple.mirrored())).copied();
                 let far = far.filter(|far| self.ends.get(far).is_some_and(|e| e.state == EndState::Open));
                 match far {
-                    _ if self.vports[other as usize].drained => self.decline(id, Reason::Drained),
+                    _ if self.vports[other as usize].barred().is_some() => self.decline(id, Reason::Drained),
                     Some(far) => self.start_direct(id.min(far), id.max(far), segments),
                     None => self.decline(id, Reason::PeerNotOpen),
                 }

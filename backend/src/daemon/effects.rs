@@ -2,8 +2,6 @@
 
 #![forbid(unsafe_code)]
 
-use std::os::fd::AsRawFd;
-
 use mio::Interest;
 use vsocket_channel::Side;
 use vsocket_channel::message::{Lane, Message, Segment};
@@ -12,7 +10,7 @@ use super::data::Data;
 use super::{Daemon, Source};
 use crate::carrier::Fds;
 use crate::pairing::{Effect, EndId};
-use crate::slab::{Change, SegmentId};
+use crate::slab::{Change, Doorbell, SegmentId};
 
 impl Daemon {
     /// Pairs whom there is to pair, until nothing is left to do.
@@ -39,6 +37,10 @@ impl Daemon {
             }
         }
         self.slabs_changed();
+        #[cfg(feature = "vm")]
+        if !self.quieting.is_empty() {
+            self.answer_quiet();
+        }
     }
 
     fn with_data(&mut self, act: impl FnOnce(&mut Data)) {
@@ -62,9 +64,10 @@ impl Daemon {
         let Some(slab) = self.pool.slab(id.slab) else { return };
         let geometry = slab.memory.geometry();
         let segment = Segment { slab: id.slab, index: id.index, geometry, side, lane };
-        let own = slab.bells[side.index()].iter();
-        let far = slab.bells[side.other().index()].iter();
-        let fds: Fds = std::iter::once(&slab.memfd).chain(own).chain(far).cloned().collect();
+        let bells = [side, side.other()].into_iter().flat_map(|side| &slab.bells[side.index()]);
+        // Of a virtual machine's memory and bells its agent has the descriptors.
+        let beside = |memfd| std::iter::once(memfd).chain(bells.map(Doorbell::fd)).collect();
+        let fds: Fds = slab.memfd.clone().map(beside).unwrap_or_default();
         self.tell(end.vport, &Message::Prepare { conn: end.conn, generation, segment }, fds);
     }
 
@@ -74,16 +77,27 @@ impl Daemon {
         for change in changes {
             match change {
                 Change::Created(number) => {
-                    let slab = self.pool.slab(number).filter(|slab| slab.is_fabric());
-                    let Some(bell) = slab.map(|slab| slab.bells[1][0].as_raw_fd()) else { continue };
+                    let slab = self.pool.slab(number).filter(|slab| slab.is_fabric() && !slab.is_lent());
+                    let Some(bell) = slab.map(|slab| slab.bells[1][0].raw_fd()) else { continue };
                     if let Err(error) = self.watch(bell, Source::Bell(number), Interest::READABLE) {
                         tracing::warn!(%error, "cannot watch a bell");
                     }
                 }
+                #[cfg(feature = "vm")]
+                Change::Wanted(vport, number) => self.want_slab(vport, number),
+                #[cfg(not(feature = "vm"))]
+                Change::Wanted(..) => {}
                 Change::Gone(number, slab) => {
-                    if slab.is_fabric() {
-                        self.unwatch(slab.bells[1][0].as_raw_fd());
-                        self.with_data(|data| data.forget_slab(number));
+                    if slab.is_fabric() && !slab.is_lent() {
+                        self.unwatch(slab.bells[1][0].raw_fd());
+                    }
+                    self.with_data(|data| data.forget_slab(number));
+                    #[cfg(feature = "vm")]
+                    if slab.is_lent() {
+                        let vport = slab.vport();
+                        // With its mapping gone, nobody here touches it.
+                        drop(slab);
+                        self.return_slab(vport, number);
                     }
                 }
             }

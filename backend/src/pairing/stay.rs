@@ -102,6 +102,13 @@ impl Stay {
         }
     }
 
+    /// Whether another host may write to this vport's memory.
+    pub fn is_written_to(&self, vport: u32) -> bool {
+        let [Party::Guest(guest), Party::Host(host)] = self.parties else { return false };
+        let writes = matches!(host.phase, HostPhase::Asked | HostPhase::Ready | HostPhase::Withdrawn);
+        writes && guest.end.vport == vport
+    }
+
     fn ready(&self) -> bool {
         self.parties.iter().all(|party| match party {
             Party::Guest(guest) => guest.phase == GuestPhase::Ready,
