@@ -172,6 +172,9 @@ pub struct Daemon {
     /// Guests that stand still, whose fronts wait for our word.
     #[cfg(feature = "vm")]
     quieting: Vec<u32>,
+    /// Slabs of guests that are no more, but that the fabric may still read from.
+    #[cfg(feature = "vm")]
+    lingering: Vec<(u32, u64, std::sync::Weak<crate::slab::Memory>)>,
 }
 
 impl Daemon {
@@ -225,6 +228,8 @@ impl Daemon {
             bells_full: Arc::default(),
             #[cfg(feature = "vm")]
             quieting: Vec::new(),
+            #[cfg(feature = "vm")]
+            lingering: Vec::new(),
         };
         for (n, vport) in daemon.vports.iter().enumerate() {
             let source = Source::Listener(n as u32);

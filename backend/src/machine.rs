@@ -244,22 +244,22 @@ impl Machine {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use rustix::fs::{MemfdFlags, fcntl_add_seals, ftruncate, memfd_create};
 
-    fn memfd(len: u64, seals: SealFlags) -> OwnedFd {
+    pub fn memfd(len: u64, seals: SealFlags) -> OwnedFd {
         let fd = memfd_create("guest", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         ftruncate(&fd, len).unwrap();
         fcntl_add_seals(&fd, seals).unwrap();
         fd
     }
 
-    fn region(index: u32, count: u32, address: u64, size: u64) -> Region {
+    pub fn region(index: u32, count: u32, address: u64, size: u64) -> Region {
         Region { index, count, address, size, offset: 0 }
     }
 
-    const SEALED: SealFlags = SealFlags::SHRINK;
+    pub const SEALED: SealFlags = SealFlags::SHRINK;
 
     #[test]
     fn a_table_counts_when_it_is_whole() {

@@ -3,6 +3,9 @@
 #![forbid(unsafe_code)]
 
 use mio::Interest;
+#[cfg(feature = "vm")]
+use std::sync::Arc;
+
 use vsocket_channel::Side;
 use vsocket_channel::message::{Lane, Message, Segment};
 
@@ -38,8 +41,9 @@ impl Daemon {
         }
         self.slabs_changed();
         #[cfg(feature = "vm")]
-        if !self.quieting.is_empty() {
+        {
             self.answer_quiet();
+            self.return_slabs();
         }
     }
 
@@ -94,10 +98,7 @@ impl Daemon {
                     self.with_data(|data| data.forget_slab(number));
                     #[cfg(feature = "vm")]
                     if slab.is_lent() {
-                        let vport = slab.vport();
-                        // With its mapping gone, nobody here touches it.
-                        drop(slab);
-                        self.return_slab(vport, number);
+                        self.lingering.push((slab.vport(), number, Arc::downgrade(&slab.memory)));
                     }
                 }
             }

@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::sync::Weak;
+
 use mio::Interest;
 use rustix::io::Errno;
 use vsocket_channel::message::{Message, Runs};
@@ -10,7 +12,7 @@ use vsocket_channel::reason::Reason;
 use super::{Daemon, Source};
 use crate::carrier::Gone;
 use crate::machine::{Caller, Keeper};
-use crate::slab::Doorbell;
+use crate::slab::{Doorbell, Memory};
 
 /// Messages of one keeper, and reads of one doorbell, that one turn takes.
 const BUDGET: usize = 64;
@@ -49,7 +51,7 @@ impl Daemon {
 
     /// Tells a keeper that it has registered, once nothing of what was lent before is touched any more.
     fn answer_keeper(&mut self, vport: u32) {
-        if self.pool.lent(vport) > 0 {
+        if self.pool.lent(vport) > 0 || self.lingering.iter().any(|(of, ..)| *of == vport) {
             return;
         }
         let boot = self.boot;
@@ -183,11 +185,15 @@ impl Daemon {
         }
     }
 
-    /// A slab is not touched any more.
-    pub(super) fn return_slab(&mut self, vport: u32, slab: u64) {
-        let result = self.tell_keeper(vport, &Message::SlabRelease { slab });
-        self.or_lose_keeper(vport, result);
-        self.answer_keeper(vport);
+    /// Gives back the slabs whose mapping is gone, so that nobody here touches them.
+    pub(super) fn return_slabs(&mut self) {
+        let gone = |(_, _, memory): &mut (_, _, Weak<Memory>)| memory.strong_count() == 0;
+        let gone: Vec<_> = self.lingering.extract_if(.., gone).collect();
+        for (vport, slab, _) in gone {
+            let result = self.tell_keeper(vport, &Message::SlabRelease { slab });
+            self.or_lose_keeper(vport, result);
+            self.answer_keeper(vport);
+        }
     }
 
     // ------------------------------------------------------------ agents and bells

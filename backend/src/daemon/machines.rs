@@ -128,8 +128,7 @@ impl Daemon {
 
     /// Answers the fronts of guests that stand still, once nothing of their memory is touched.
     pub(super) fn answer_quiet(&mut self) {
-        let quieting = std::mem::take(&mut self.quieting);
-        for vport in quieting {
+        for vport in std::mem::take(&mut self.quieting) {
             if self.machine(vport).is_none_or(|machine| !machine.quiet_due) {
                 continue;
             }

@@ -187,3 +187,75 @@ impl Lending {
         self.slabs.drain().map(|(number, _)| number).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{SEALED, memfd, region};
+    use super::*;
+    use proptest::prelude::*;
+
+    fn ram() -> Ram {
+        Ram::map(vec![
+            (region(0, 2, 0, 0x10_0000), memfd(0x10_0000, SEALED)),
+            (region(1, 2, 1 << 32, 0x10_0000), memfd(0x10_0000, SEALED)),
+        ])
+        .unwrap()
+    }
+
+    /// A header, and a segment of three pages.
+    fn lending() -> Lending {
+        let mut lending = Lending::default();
+        lending.ask(7, 1, Geometry::new(1, 4096).unwrap());
+        lending
+    }
+
+    fn tell(lending: &mut Lending, first: u32, pages: &[u64]) -> Result<(), &'static str> {
+        lending.take_pages(Some(&ram()), 7, first, &Runs::of(pages).unwrap().0)
+    }
+
+    #[test]
+    fn pages_come_in_order_and_as_many_as_there_are() {
+        let mut lending = lending();
+        assert_eq!(tell(&mut lending, 1, &[9]), Err("pages-order"));
+        assert_eq!(tell(&mut lending, 0, &[9, 10]), Ok(()));
+        assert_eq!(tell(&mut lending, 0, &[11]), Err("pages-order"));
+        assert_eq!(tell(&mut lending, 2, &[20, 21, 22]), Err("pages-count"));
+        assert_eq!(tell(&mut lending, 2, &[0xff, 0x100]), Err("pages-outside"));
+        assert_eq!(lending.take_pages(None, 7, 2, &Runs::of(&[1]).unwrap().0), Err("pages-outside"));
+        assert_eq!(lending.take_pages(Some(&ram()), 8, 0, &Runs::of(&[1]).unwrap().0), Err("pages-unknown"));
+    }
+
+    #[test]
+    fn a_slab_is_whole_with_its_pages_and_its_programs_bells() {
+        let mut lending = lending();
+        tell(&mut lending, 0, &[9, 0x10_0000, 1, 2]).unwrap();
+        assert!(lending.whole(None).is_empty());
+        let bell = || Doorbell::new().unwrap();
+        assert_eq!(lending.take_bell(1, 4, bell()), Err("bell-number"));
+        for n in (0..BELLS as u32).rev() {
+            assert_eq!(lending.take_bell(1, n, bell()), Ok((n == 0).then_some(0)));
+        }
+        assert_eq!(lending.take_bell(1, 0, bell()), Err("bell-twice"));
+        assert_eq!((lending.whole(None), lending.whole(Some(2))), (vec![7], vec![]));
+        let (memory, _) = lending.map(7).unwrap().unwrap();
+        assert_eq!(memory.geometry().slab_len(), 4 * 4096);
+        assert_eq!(lending.ringer(0).map(|(program, _)| program), Some(1));
+        let (first, slabs) = lending.end_program(1);
+        assert!(first.is_some() && slabs.is_empty() && lending.ringer(0).is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_told_no_page_lies_outside(
+            told in prop::collection::vec((0u32..5, prop::collection::vec(1u64..0x10_0200, 1..4)), 1..20),
+        ) {
+            let mut lending = lending();
+            for (first, pages) in told {
+                let _ = tell(&mut lending, first, &pages);
+            }
+            let slab = &lending.slabs[&7];
+            prop_assert!(slab.pages <= slab.wanted());
+            prop_assert!(slab.parts.iter().all(|part| part.offset + part.len as u64 <= 0x10_0000));
+        }
+    }
+}
