@@ -71,11 +71,11 @@ impl Daemon {
     pub(super) fn end_registration(&mut self, vport: u32, why: &str) {
         let Some(machine) = self.machine(vport) else { return };
         let Some(keeper) = machine.keeper.take() else { return };
-        machine.lending.forget_slabs();
         tracing::info!(vport, pid = keeper.pid, why, "registration ends");
         self.unwatch(keeper.carrier.raw_fd());
         drop(keeper);
         self.detach(vport, &Gone::Closed);
+        self.end_programs(vport);
         self.pool.close_lender(vport);
     }
 
