@@ -80,16 +80,16 @@ impl Machine {
 
     /// The next stream, and what is said on it first.
     pub fn accept(&self) -> (Caller, Message) {
-        let fd = loop {
+        loop {
             assert!(readable(&self.listener, SOON), "no stream was opened");
-            if let Ok((stream, _)) = self.listener.accept() {
-                stream.set_nonblocking(true).unwrap();
-                break OwnedFd::from(stream);
+            let Ok((stream, _)) = self.listener.accept() else { continue };
+            stream.set_nonblocking(true).unwrap();
+            let mut caller = Caller(Stream::new(OwnedFd::from(stream), false));
+            // One may have given up meanwhile.
+            if let Some(first) = caller.hear() {
+                return (caller, first);
             }
-        };
-        let mut caller = Caller(Stream::new(fd, false));
-        let first = caller.message();
-        (caller, first)
+        }
     }
 
     pub fn is_called(&self, within: std::time::Duration) -> bool {
@@ -98,15 +98,28 @@ impl Machine {
 
     /// Lets a keeper register, who must bring `token`, and gives it `next`.
     pub fn register(&self, token: u128, next: u128, boot: u64) -> Caller {
-        let (mut keeper, first) = self.accept();
-        assert_eq!(first, Message::Register { token, pid: self.keeper.id() });
+        let mut keeper = self.registering(token);
         keeper.say(Message::Registered { token: next, boot });
         keeper
     }
 
+    /// A keeper that has said who it is. An agent may call earlier, with a token that is not good any more.
+    pub fn registering(&self, token: u128) -> Caller {
+        loop {
+            let (keeper, first) = self.accept();
+            if !matches!(first, Message::Present { program: 0, .. }) {
+                assert_eq!(first, Message::Register { token, pid: self.keeper.id() });
+                return keeper;
+            }
+        }
+    }
+
     /// Welcomes an agent.
     pub fn welcome(&self, token: u128, boot: u64) -> Caller {
-        let (mut agent, first) = self.accept();
+        let (mut agent, mut first) = self.accept();
+        while matches!(first, Message::Present { token: old, program: 0, .. } if old != token) {
+            (agent, first) = self.accept();
+        }
         assert_eq!(first, Message::Present { token, program: 0, bell: 0 });
         assert!(matches!(agent.message(), Message::Hello { .. }));
         agent.say(Message::Welcome { vni: VNI, boot });
