@@ -19,6 +19,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use vsocket_channel::layout::{Geometry, LAYOUT_VERSION, SLAB_MAGIC, SlabHeader};
 
+/// The way that is tried first.
+pub const FIRST_WAY: &str = "io_uring";
 /// The kernel takes no longer piece as one buffer.
 const LONGEST_BUFFER: usize = 1 << 30;
 
@@ -132,7 +134,7 @@ impl Pinned {
     /// What keeps it in its place.
     pub fn how(&self) -> &'static str {
         match self.pin {
-            Some(Pin::Uring(_)) => "io_uring",
+            Some(Pin::Uring(_)) => FIRST_WAY,
             Some(Pin::Xdp { .. }) => "AF_XDP",
             Some(Pin::Locked) => "locked huge pages",
             None => "nothing",
@@ -164,7 +166,7 @@ fn pin(base: *mut u8, len: usize, huge: bool) -> Result<Pin, Error> {
     let mut failed = Vec::new();
     match uring(base, len) {
         Ok(ring) => return Ok(Pin::Uring(Box::new(ring))),
-        Err(error) => failed.push(("io_uring", error)),
+        Err(error) => failed.push((FIRST_WAY, error)),
     }
     match xdp(base, len) {
         Ok(socket) => return Ok(Pin::Xdp { _socket: socket }),

@@ -295,3 +295,19 @@ fn sigterm_lets_the_host_let_go_first() {
     assert!(machine.keeper.wait().unwrap().success());
     assert!(!machine.socket().exists());
 }
+
+#[test]
+fn doctor_names_what_keeps_the_keeper_from_registering() {
+    let machine = Machine::new();
+    wait_for("the agent's socket", || Carrier::connect(&machine.socket()).is_ok());
+    let doctor = || {
+        let mut asked = std::process::Command::new(common::VSOCKET);
+        let out = asked.args(["doctor", "--agent"]).arg(machine.socket()).output().unwrap();
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let said = doctor();
+    assert!(said.contains("the keeper is not registered at unix-stream:"), "{said}");
+    assert!(said.contains("does not let the keeper register"), "{said}");
+    let (_keeper, _agent) = both(&machine, 0, TOKEN, 1);
+    wait_for("the registration", || doctor().contains("ok    keeper registered at"));
+}
