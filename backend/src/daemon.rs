@@ -33,6 +33,7 @@ mod guests;
 mod machines;
 mod peers;
 mod rhythm;
+mod shelves;
 mod start;
 mod tools;
 
