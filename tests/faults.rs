@@ -162,6 +162,39 @@ fn backends_die_ten_times_cross_host() {
     ten_in_a_row(Path::CrossHost);
 }
 
+/// A relay lives and dies with its backend: the programs go on over TCP, and return when there is one again.
+#[test]
+fn backends_die_under_a_relay() {
+    let path = Path::Relayed;
+    let lab = Lab::up_for("faults-relay", path);
+    let mut load = Load::new(&lab, path);
+    for fault in ["kill", "drain", "kill", "stop", "kill"] {
+        eprintln!("{fault}");
+        if fault == "drain" {
+            lab.must(&["drain", "b"]);
+            load.is_on_tcp();
+        } else {
+            lab.daemon(fault, "backend", "h1");
+        }
+        load.moves("tcp", 1_000_000);
+        if fault == "drain" {
+            lab.must(&["undrain", "b"]);
+        } else {
+            lab.daemon("start", "backend", "h1");
+        }
+        load.is_on_lane();
+        load.moves(path.lane(), 5_000_000);
+        load.is_served();
+        let lanes = &lab.host_stat("h1")["lanes"];
+        assert!(
+            lanes["relay"].as_u64() >= Some(3) && lanes["direct"] == 0 && lanes["fabric"] == 0,
+            "{lanes}"
+        );
+    }
+    load.has_moved(1 << 28);
+    load.finish();
+}
+
 // ---------------------------------------------------------------- stopped
 
 /// Not dead, not answering: the liveness bound is half a second after a look of a tenth.
