@@ -216,6 +216,22 @@ fn a_stopped_backend_cross_host() {
     }
 }
 
+#[test]
+fn a_stopped_backend_under_a_relay() {
+    let lab = Lab::up_for("faults-stopped-relay", Path::Relayed);
+    let load = Load::new(&lab, Path::Relayed);
+    lab.daemon("pause", "backend", "h1");
+    let stopped = Instant::now();
+    load.is_on_tcp();
+    let took = stopped.elapsed();
+    assert!(took < Duration::from_secs(3), "on TCP only after {took:?}");
+    load.moves("tcp", 5_000_000);
+    lab.daemon("cont", "backend", "h1");
+    load.is_on_lane();
+    load.moves("fabric", 5_000_000);
+    load.finish();
+}
+
 /// A direct lane goes on without its backend; a new connection waits for nobody.
 #[test]
 fn a_stopped_backend_same_host() {
@@ -240,9 +256,9 @@ fn silent_loss(report: &Value) -> bool {
 
 /// Its connections may be reset, which the programs then hear; nothing is lost or doubled without a word.
 fn agent_dies(guest_of: fn(Path) -> &'static str) {
-    for path in [Path::SameHost, Path::CrossHost] {
+    for path in [Path::SameHost, Path::CrossHost, Path::Relayed] {
         let guest = guest_of(path);
-        let lab = Lab::up(&format!("faults-agent-{guest}-{}", path.lane()));
+        let lab = Lab::up_for(&format!("faults-agent-{guest}-{path:?}"), path);
         let address = v4(path.server(), PORT);
         let server = lab.stream_server("run", path.server(), address, &[]);
         let options = ["--until-eof", "--pace", "100000000"];
