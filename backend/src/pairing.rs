@@ -31,21 +31,24 @@ use vsocket_channel::reason::Reason;
 use crate::config::Mac;
 use crate::directory::Directory;
 use crate::peer::message::HostName;
-use crate::slab::{Program, Segments, SlabKey, Taken};
+use crate::slab::{Program, Segments};
 
 mod effect;
+mod local;
 mod peer;
 mod remote;
 mod stay;
 
 #[cfg(test)]
+mod relay_tests;
+#[cfg(test)]
 mod remote_tests;
 #[cfg(test)]
 mod tests;
 
-pub use effect::{Effect, FlowStart};
+pub use effect::{Effect, FlowStart, RelayStart};
 pub use peer::Dropped;
-use stay::{Guest, GuestPhase, Party, Stay};
+use stay::{GuestPhase, Kind, Stay};
 
 /// An end that was busy is asked again after this: its counters stand still for a moment between two of its bytes.
 const REST: Duration = Duration::from_millis(2);
@@ -74,6 +77,8 @@ pub struct VportFacts {
     pub max_connections: u32,
     /// Its rings' size.
     pub ring_len: u64,
+    /// It shares no memory with other guests: its connections on this host are relayed.
+    pub relayed: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -151,12 +156,23 @@ pub struct Line {
     pub end: EndId,
     /// Its addresses.
     pub tuple: Tuple,
-    /// The lane that is committed.
-    pub lane: Lane,
+    /// The name of what carries it.
+    pub lane: &'static str,
     /// The generation, if it is in a stay.
     pub generation: Option<u32>,
     /// Why it is on TCP, if that was told.
     pub reason: Option<Reason>,
+}
+
+/// How many stays are committed, by what carries them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Lanes {
+    /// A ring that both programs map.
+    pub direct: usize,
+    /// A flow to another host.
+    pub fabric: usize,
+    /// A relay between two guests of this host.
+    pub relay: usize,
 }
 
 /// All ends and stays of this host.
@@ -415,12 +431,13 @@ impl Pairing {
         }
     }
 
-    /// The daemon is about to end: no new stays, and every end leaves the fabric. Direct lanes go on without us.
+    /// The daemon is about to end: no new stays, and every end leaves the lane that we move bytes on. Direct lanes go on
+    /// without us.
     pub fn handle_stop(&mut self, reason: Reason) {
         self.stopping = true;
-        let fabric = self.stays.iter().filter(|(_, stay)| stay.lane() == Lane::Fabric);
-        let fabric: Vec<u64> = fabric.map(|(id, _)| *id).collect();
-        for id in fabric {
+        let carried = self.stays.iter().filter(|(_, stay)| stay.lane() == Lane::Fabric);
+        let carried: Vec<u64> = carried.map(|(id, _)| *id).collect();
+        for id in carried {
             self.end_stay(id, reason, usize::MAX);
             self.settle(id);
         }
@@ -441,8 +458,8 @@ impl Pairing {
         self.bar(vport, None);
     }
 
-    /// Stays on the fabric that are not over.
-    pub fn fabric_stays(&self) -> usize {
+    /// Stays that are not over and whose bytes we move.
+    pub fn carried_stays(&self) -> usize {
         self.stays.values().filter(|stay| stay.lane() == Lane::Fabric).count()
     }
 
@@ -456,10 +473,10 @@ impl Pairing {
         self.vports.get(vport as usize).map_or(0, |v| v.ends)
     }
 
-    /// How many stays are committed on each lane: direct pairs, fabric flows.
-    pub fn lanes(&self) -> (usize, usize) {
-        let of = |lane| self.stays.values().filter(|s| s.committed && !s.ending && s.lane() == lane).count();
-        (of(Lane::Direct), of(Lane::Fabric))
+    /// How many stays are committed on each lane.
+    pub fn lanes(&self) -> Lanes {
+        let of = |kind| self.stays.values().filter(|s| s.committed && !s.ending && s.kind() == kind).count();
+        Lanes { direct: of(Kind::Direct), fabric: of(Kind::Fabric), relay: of(Kind::Relay) }
     }
 
     /// Stays that are not over, withdrawn or not.
@@ -478,7 +495,7 @@ impl Pairing {
             Line {
                 end: *id,
                 tuple: end.tuple,
-                lane: live.map_or(Lane::Tcp, Stay::lane),
+                lane: live.map_or(Lane::Tcp.name(), |stay| stay.kind().name()),
                 generation: stay.map(|s| s.generation),
                 reason: end.told,
             }
@@ -527,7 +544,7 @@ impl Pairing {
                 let far = far.filter(|far| self.ends.get(far).is_some_and(|e| e.state == EndState::Open));
                 match far {
                     _ if self.vports[other as usize].barred().is_some() => self.decline(id, Reason::Drained),
-                    Some(far) => self.start_direct(id.min(far), id.max(far), segments),
+                    Some(far) => self.start_local(id.min(far), id.max(far), segments),
                     None => self.decline(id, Reason::PeerNotOpen),
                 }
             }
@@ -535,27 +552,5 @@ impl Pairing {
             // Both ends in one guest are not paired yet.
             Place::Vport(_) | Place::Nowhere => self.decline(id, Reason::PeerUnknown),
         }
-    }
-
-    /// Pairs two open ends of this host; `a` is of the smaller vport, and side 0.
-    fn start_direct(&mut self, a: EndId, b: EndId, segments: &mut impl Segments) {
-        let of = |id: EndId| {
-            let end = &self.ends[&id];
-            let ring_len = self.vports[id.vport as usize].facts.ring_len;
-            ((id.vport, end.program), end.min_generation, ring_len)
-        };
-        let ((program_a, min_a, ring_a), (program_b, min_b, ring_b)) = (of(a), of(b));
-        let generation = min_a.max(min_b).max(1);
-        if generation == u32::MAX {
-            return [a, b].into_iter().for_each(|id| self.decline(id, Reason::Violation));
-        }
-        let key = SlabKey::Direct(program_a, program_b);
-        let segment = match segments.take(key, ring_a.min(ring_b)) {
-            Taken::Segment(segment) => segment,
-            Taken::Coming => return,
-            Taken::Nothing(reason) => return [a, b].into_iter().for_each(|id| self.decline(id, reason)),
-        };
-        let party = |end| Party::Guest(Guest { end, phase: GuestPhase::Asked });
-        self.begin(Stay::new(generation, segment, [party(a), party(b)]));
     }
 }

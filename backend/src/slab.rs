@@ -39,7 +39,8 @@ pub type Program = (u32, u64);
 pub enum SlabKey {
     /// Two programs on this host, side 0 first.
     Direct(Program, Program),
-    /// A program (side 0) and this backend (side 1), for connections to one other host.
+    /// A program (side 0) and this backend (side 1), for connections to one other host, or to guests of this one
+    /// ([`RELAY`](crate::relay::RELAY)).
     Fabric(Program, u32),
 }
 

@@ -2,17 +2,19 @@
 
 #![forbid(unsafe_code)]
 
-use mio::Interest;
 #[cfg(feature = "vm")]
 use std::sync::Arc;
 
+use mio::Interest;
 use vsocket_channel::Side;
 use vsocket_channel::message::{Lane, Message, Segment};
+use vsocket_channel::reason::Reason;
 
 use super::data::Data;
 use super::{Daemon, Source};
 use crate::carrier::Fds;
-use crate::pairing::{Effect, EndId};
+use crate::pairing::{Effect, EndId, RelayStart};
+use crate::relay::Relay;
 use crate::slab::{Change, Doorbell, SegmentId};
 
 impl Daemon {
@@ -37,6 +39,12 @@ impl Daemon {
                         self.vports[vport as usize].traffic.add(traffic);
                     }
                 }
+                Effect::RelayStart(start) => self.start_relay(&start),
+                Effect::RelayStop { relay } => {
+                    for (vport, traffic) in self.relays.remove(relay).into_iter().flatten() {
+                        self.vports[vport as usize].traffic.add(traffic);
+                    }
+                }
             }
         }
         self.slabs_changed();
@@ -44,6 +52,18 @@ impl Daemon {
         {
             self.answer_quiet();
             self.return_slabs();
+        }
+    }
+
+    fn start_relay(&mut self, start: &RelayStart) {
+        let RelayStart { relay, vports, generation, segments: [a, b] } = *start;
+        let slab = |id: SegmentId| Some((id.slab, self.pool.slab(id.slab)?));
+        let view = |id| self.pool.view(id);
+        if let (Some(slabs), Some(views)) = (both(slab(a), slab(b)), both(view(a), view(b))) {
+            self.relays.add(relay, vports, Relay::new(generation, views), slabs);
+        } else {
+            // A machine's memory can go at any time.
+            self.pairing.handle_relay_failed(relay, Reason::NoRingMemory);
         }
     }
 
@@ -104,4 +124,8 @@ impl Daemon {
             }
         }
     }
+}
+
+fn both<T>(a: Option<T>, b: Option<T>) -> Option<[T; 2]> {
+    Some([a?, b?])
 }

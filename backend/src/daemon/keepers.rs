@@ -248,9 +248,8 @@ impl Daemon {
         if more == BUDGET {
             self.more.push(Source::GuestBell(vport, slot));
         }
-        let slabs = self.pool.slabs_of((vport, program));
-        if let Some(data) = &mut self.data {
-            slabs.into_iter().for_each(|slab| data.bell(slab));
+        for slab in self.pool.slabs_of((vport, program)) {
+            self.bell_rung(slab);
         }
     }
 

@@ -59,6 +59,7 @@ pub fn vport(dir: &Dir, name: &str, vni: u32, address: &str) -> Vport {
         socket: dir.0.join(name),
         max_connections: 4,
         ring_bytes: RING,
+        direct: true,
         machine: None,
     }
 }
