@@ -13,6 +13,8 @@ use vsocket_channel::message::{Message, Runs};
 use vsocket_channel::reason::Reason;
 
 const A: &str = "198.51.100.1:4000";
+const B: &str = "198.51.100.2:90";
+const B_ADDRESS: &str = "198.51.100.2";
 const C: &str = "198.51.100.3:80";
 
 struct Lab {
@@ -25,7 +27,7 @@ struct Lab {
 impl Lab {
     fn new() -> Self {
         let dir = Dir::new();
-        let one = vec![machine_vport(&dir, "a", 100, "198.51.100.1")];
+        let one = vec![machine_vport(&dir, "a", 100, "198.51.100.1"), vport(&dir, "b", 100, B_ADDRESS)];
         let two = vec![vport(&dir, "c", 100, "198.51.100.3")];
         let (h1, h2, switch) = two_hosts_of(&dir, RING, [soft(), soft()], [one, two]);
         Self { h1, h2, _switch: switch, dir }
@@ -214,4 +216,31 @@ fn a_guest_that_stands_still_is_not_touched() {
     guest.commit(&ours);
     far.commit(&theirs);
     talk(&mut End::new(ours, 5), &mut End::new(theirs, 9));
+}
+
+#[test]
+fn a_container_of_the_same_host_is_met_in_a_relay() {
+    let lab = Lab::new();
+    let (mut guest, near) = (lab.guest(), Agent::new(&lab.dir.0.join("b")));
+    guest.open(1, A, B, 1);
+    near.open(1, B, A, 1);
+    guest.lend();
+    let (ours, theirs) = (guest.prepare(), near.prepare());
+    guest.commit(&ours);
+    near.commit(&theirs);
+    assert_ne!(ours.segment.slab, theirs.segment.slab);
+    let (mut one, mut two) = (End::new(ours, 5), End::new(theirs, u64::from(u32::MAX) - 99));
+    talk(&mut one, &mut two);
+    assert_eq!(lab.h1.stat()["lanes"]["relay"], 1);
+    guest.front.send(&Message::FrontPaused {}, vec![]).unwrap();
+    assert_eq!(hear(&mut guest.front), Message::FrontQuiet {});
+    let head = one.directions()[1].head.head.load(std::sync::atomic::Ordering::SeqCst);
+    two.write(b"too late");
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    assert_eq!(one.directions()[1].head.head.load(std::sync::atomic::Ordering::SeqCst), head);
+    assert!(matches!(near.hear(), Message::Withdraw { reason: Reason::GuestPaused, .. }));
+    near.say(Message::Left { conn: 1, generation: 1 });
+    guest.front.send(&Message::FrontResumed {}, vec![]).unwrap();
+    guest.left(&one.prepared);
+    eventually("the stay is over", || lab.h1.stat()["stays"] == 0);
 }
