@@ -162,6 +162,39 @@ fn backends_die_ten_times_cross_host() {
     ten_in_a_row(Path::CrossHost);
 }
 
+/// A relay lives and dies with its backend: the programs go on over TCP, and return when there is one again.
+#[test]
+fn backends_die_under_a_relay() {
+    let path = Path::Relayed;
+    let lab = Lab::up_for("faults-relay", path);
+    let mut load = Load::new(&lab, path);
+    for fault in ["kill", "drain", "kill", "stop", "kill"] {
+        eprintln!("{fault}");
+        if fault == "drain" {
+            lab.must(&["drain", "b"]);
+            load.is_on_tcp();
+        } else {
+            lab.daemon(fault, "backend", "h1");
+        }
+        load.moves("tcp", 1_000_000);
+        if fault == "drain" {
+            lab.must(&["undrain", "b"]);
+        } else {
+            lab.daemon("start", "backend", "h1");
+        }
+        load.is_on_lane();
+        load.moves(path.lane(), 5_000_000);
+        load.is_served();
+        let lanes = &lab.host_stat("h1")["lanes"];
+        assert!(
+            lanes["relay"].as_u64() >= Some(3) && lanes["direct"] == 0 && lanes["fabric"] == 0,
+            "{lanes}"
+        );
+    }
+    load.has_moved(1 << 28);
+    load.finish();
+}
+
 // ---------------------------------------------------------------- stopped
 
 /// Not dead, not answering: the liveness bound is half a second after a look of a tenth.
@@ -181,6 +214,22 @@ fn a_stopped_backend_cross_host() {
         load.moves("fabric", 5_000_000);
         load.finish();
     }
+}
+
+#[test]
+fn a_stopped_backend_under_a_relay() {
+    let lab = Lab::up_for("faults-stopped-relay", Path::Relayed);
+    let load = Load::new(&lab, Path::Relayed);
+    lab.daemon("pause", "backend", "h1");
+    let stopped = Instant::now();
+    load.is_on_tcp();
+    let took = stopped.elapsed();
+    assert!(took < Duration::from_secs(3), "on TCP only after {took:?}");
+    load.moves("tcp", 5_000_000);
+    lab.daemon("cont", "backend", "h1");
+    load.is_on_lane();
+    load.moves("fabric", 5_000_000);
+    load.finish();
 }
 
 /// A direct lane goes on without its backend; a new connection waits for nobody.
@@ -207,9 +256,9 @@ fn silent_loss(report: &Value) -> bool {
 
 /// Its connections may be reset, which the programs then hear; nothing is lost or doubled without a word.
 fn agent_dies(guest_of: fn(Path) -> &'static str) {
-    for path in [Path::SameHost, Path::CrossHost] {
+    for path in [Path::SameHost, Path::CrossHost, Path::Relayed] {
         let guest = guest_of(path);
-        let lab = Lab::up(&format!("faults-agent-{guest}-{}", path.lane()));
+        let lab = Lab::up_for(&format!("faults-agent-{guest}-{path:?}"), path);
         let address = v4(path.server(), PORT);
         let server = lab.stream_server("run", path.server(), address, &[]);
         let options = ["--until-eof", "--pace", "100000000"];

@@ -15,7 +15,7 @@ fn rise(what: &[(String, u32)]) -> Vec<(String, u64)> {
 }
 
 fn idle(path: Path) {
-    let lab = Lab::up(&format!("idle-{}", path.lane()));
+    let lab = Lab::up_for(&format!("idle-{path:?}"), path);
     let host = v4(path.server(), 6379).ip().to_string();
     // redis-server looks after its own affairs ten times a second: the lowest it can be told is once.
     let server = [
@@ -68,4 +68,9 @@ fn an_idle_connection_same_host() {
 #[test]
 fn an_idle_connection_cross_host() {
     idle(Path::CrossHost);
+}
+
+#[test]
+fn an_idle_connection_relayed() {
+    idle(Path::Relayed);
 }

@@ -17,7 +17,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("backend/src/fabric/verbs/memory.rs", "libibverbs: memory that a device reads and writes by address"),
     ("backend/src/fabric/verbs/queue_pair.rs", "libibverbs: queue pairs"),
     ("backend/src/fabric/verbs/receive.rs", "reads what a device has written"),
-    ("backend/src/slab.rs", "maps slabs, and lays the contract's structures over the mapping"),
+    ("backend/src/slab/memory.rs", "maps slabs, and lays the contract's structures over the mapping"),
     ("backend/src/slice.rs", "sched_setattr, which no safe crate has"),
     ("channel/src/layout.rs", "promises that the shared structures hold for any bit pattern"),
     ("channel/src/ring.rs", "copies to and from memory that the other side may write"),

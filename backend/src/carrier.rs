@@ -156,6 +156,11 @@ impl Carrier {
         self.beginning.is_none()
     }
 
+    /// The socket, without what was still to be sent.
+    pub fn into_socket(self) -> OwnedFd {
+        self.socket
+    }
+
     /// The receiver has up to so many connections, to each of which something may happen at the same moment.
     #[must_use]
     pub fn for_connections(self, most: u32) -> Self {

@@ -81,8 +81,8 @@ enum Command {
     },
     /// Write the segments between this host and others to a pcap file, as VXLAN packets.
     ///
-    /// Both directions, until interrupted or a limit is reached. Connections on a direct lane stay on this host and are
-    /// not encapsulated, so they are not captured. Example: vsocketd capture --vport a -w - | tshark -r -
+    /// Both directions, until interrupted or a limit is reached. Connections on a direct lane or a relay stay on this host
+    /// and are not encapsulated, so they are not captured. Example: vsocketd capture --vport a -w - | tshark -r -
     Capture {
         #[command(flatten)]
         control: Control,

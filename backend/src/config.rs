@@ -144,6 +144,10 @@ pub struct Vport {
     pub max_connections: u32,
     /// The size of each ring, a power of two.
     pub ring_bytes: u32,
+    /// Whether its connections on this host may share memory with the other guest. If not, they go through the backend,
+    /// which copies: for isolation, as what two guests map neither can be kept from writing. A virtual machine shares none
+    /// anyhow.
+    pub direct: bool,
     /// What a guest that is a virtual machine has instead of a mounted socket.
     pub machine: Option<Machine>,
 }

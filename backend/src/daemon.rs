@@ -30,9 +30,13 @@ mod data;
 mod effects;
 mod guests;
 #[cfg(feature = "vm")]
+mod keepers;
+#[cfg(feature = "vm")]
 mod machines;
 mod peers;
+mod relays;
 mod rhythm;
+mod shelves;
 mod start;
 mod tools;
 
@@ -58,6 +62,11 @@ enum Source {
     /// Of a vport, by number.
     #[cfg(feature = "vm")]
     Caller(u32, u32),
+    #[cfg(feature = "vm")]
+    Keeper(u32),
+    /// Of a vport, by number.
+    #[cfg(feature = "vm")]
+    GuestBell(u32, u32),
 }
 
 const KIND_SHIFT: u32 = 48;
@@ -78,6 +87,10 @@ impl Source {
             // Of both there are far fewer.
             #[cfg(feature = "vm")]
             Self::Caller(vport, n) => (9, u64::from(vport) << 16 | u64::from(n)),
+            #[cfg(feature = "vm")]
+            Self::Keeper(n) => (10, u64::from(n)),
+            #[cfg(feature = "vm")]
+            Self::GuestBell(vport, n) => (11, u64::from(vport) << 16 | u64::from(n)),
         };
         Token((kind << KIND_SHIFT | n) as usize)
     }
@@ -97,6 +110,10 @@ impl Source {
             8 => Self::Front(n as u32),
             #[cfg(feature = "vm")]
             9 => Self::Caller((n >> 16) as u32, n as u32 & 0xffff),
+            #[cfg(feature = "vm")]
+            10 => Self::Keeper(n as u32),
+            #[cfg(feature = "vm")]
+            11 => Self::GuestBell((n >> 16) as u32, n as u32 & 0xffff),
             _ => return None,
         })
     }
@@ -141,6 +158,7 @@ pub struct Daemon {
     signals: Option<mio::net::UnixStream>,
     pidfd: Arc<OwnedFd>,
     data: Option<data::Data>,
+    relays: relays::Relays,
     overlay: Overlay,
     peers: Option<peers::Peers>,
     /// When the peers were last looked at.
@@ -151,6 +169,15 @@ pub struct Daemon {
     pub(crate) passes: u64,
     /// Since when we are to end.
     ending: Option<Instant>,
+    /// A doorbell of a virtual machine is to be read empty there.
+    #[cfg(feature = "vm")]
+    bells_full: Arc<AtomicBool>,
+    /// Guests that stand still, whose fronts wait for our word.
+    #[cfg(feature = "vm")]
+    quieting: Vec<u32>,
+    /// Slabs of guests that are no more, but that the fabric may still read from.
+    #[cfg(feature = "vm")]
+    lingering: Vec<(u32, u64, std::sync::Weak<crate::slab::Memory>)>,
 }
 
 impl Daemon {
@@ -168,6 +195,8 @@ impl Daemon {
             mac: vport.mac,
             max_connections: vport.max_connections,
             ring_len: u64::from(vport.ring_bytes),
+            // A machine's rings lie in its own memory, which is nobody else's.
+            relayed: vport.machine.is_some() || !vport.direct,
         };
         let hosts: Vec<_> = config.backends.iter().flat_map(|b| &b.peers).map(|p| p.host.clone()).collect();
         let pairing = Pairing::new(config.vports.iter().map(facts).collect(), config.directory, &hosts);
@@ -181,7 +210,7 @@ impl Daemon {
         let mut boot = [0; 8];
         getrandom::fill(&mut boot).map_err(|error| Error::System(io::Error::other(error)))?;
         let pidfd = pidfd_open(getpid(), PidfdFlags::empty()).map_err(|e| Error::System(e.into()))?;
-        let daemon = Self {
+        let mut daemon = Self {
             host: config.host.as_str().to_owned(),
             vports,
             pairing,
@@ -194,15 +223,25 @@ impl Daemon {
             signals: None,
             pidfd: Arc::new(pidfd),
             data: None,
+            relays: relays::Relays::default(),
             overlay: Overlay::default(),
             peers: None,
             watched: Instant::now(),
             more: Vec::new(),
             passes: 0,
             ending: None,
+            #[cfg(feature = "vm")]
+            bells_full: Arc::default(),
+            #[cfg(feature = "vm")]
+            quieting: Vec::new(),
+            #[cfg(feature = "vm")]
+            lingering: Vec::new(),
         };
         for (n, vport) in daemon.vports.iter().enumerate() {
             let source = Source::Listener(n as u32);
+            if vport.config.machine.is_some() {
+                daemon.pool.set_lender(n as u32);
+            }
             daemon.watch(vport.raw_fd(), source, Interest::READABLE).map_err(Error::System)?;
         }
         let operator = daemon.operator.raw_fd();
@@ -251,14 +290,14 @@ impl Daemon {
             let worked = self.move_bytes();
             let now = Instant::now();
             rhythm.passed(now, worked);
-            let polls = self.data.as_ref().is_some_and(|data| !data.is_idle()) && rhythm.spins(now);
+            let polls = !self.is_idle() && rhythm.spins(now);
             if polls && !rhythm.asks(now) && self.more.is_empty() {
                 if !worked || only {
                     rustix::thread::sched_yield();
                 }
                 continue;
             }
-            let gone = |since: Instant| self.pairing.fabric_stays() == 0 || now >= since + FAREWELL;
+            let gone = |since: Instant| self.pairing.carried_stays() == 0 || now >= since + FAREWELL;
             if self.ending.is_some_and(gone) {
                 return Ok(());
             }
@@ -291,24 +330,40 @@ impl Daemon {
         }
     }
 
+    /// Whether no connection's bytes go through this backend.
+    fn is_idle(&self) -> bool {
+        self.relays.is_idle() && self.data.as_ref().is_none_or(data::Data::is_idle)
+    }
+
     /// Moves bytes, and does what came of it. Says whether there was anything.
     fn move_bytes(&mut self) -> bool {
-        let Some(data) = &mut self.data else { return false };
-        // Also a backend that never rests acknowledges everything within moments.
-        let worked = data.pass(&mut self.metrics.drops, self.passes.is_multiple_of(64));
+        let mut worked = self.relays.pass(&mut self.metrics.drops);
+        for relay in self.relays.failed() {
+            self.pairing.handle_relay_failed(relay, Reason::Violation);
+        }
+        if let Some(data) = &mut self.data {
+            // Also a backend that never rests acknowledges everything within moments.
+            worked |= data.pass(&mut self.metrics.drops, self.passes.is_multiple_of(64));
+        }
         self.take_notices();
+        #[cfg(feature = "vm")]
+        if self.bells_full.load(Ordering::Relaxed) && self.bells_full.swap(false, Ordering::Relaxed) {
+            self.empty_bells();
+        }
         worked
     }
 
     /// Announces that we sleep, and looks once more: true if there is really nothing. What was announced stands until
     /// its slab is looked at again.
     fn may_sleep(&mut self) -> bool {
-        self.data.as_mut().is_none_or(|data| data.rest(&mut self.metrics.drops))
+        let drops = &mut self.metrics.drops;
+        self.relays.rest(drops) && self.data.as_mut().is_none_or(|data| data.rest(drops))
     }
 
     fn handle_time(&mut self, now: Instant) {
         self.pairing.handle_timeout(now);
         self.watch_peers(now);
+        self.relays.cool(now, &mut self.metrics.drops);
         if let Some(data) = &mut self.data {
             data.cool(now, &mut self.metrics.drops);
             if data.fabric.next_deadline().is_some_and(|at| at <= now) {
@@ -331,11 +386,7 @@ impl Daemon {
         match source {
             Source::Waker => self.link_ready(),
             Source::Fabric => {}
-            Source::Bell(number) => {
-                if let Some(data) = &mut self.data {
-                    data.bell(number);
-                }
-            }
+            Source::Bell(number) => self.bell_rung(number),
             Source::Signal => self.stop.flag.store(true, Ordering::Release),
             #[cfg(feature = "vm")]
             Source::Listener(vport) if self.vports[vport as usize].machine.is_some() => {
@@ -345,10 +396,21 @@ impl Daemon {
             Source::Front(vport) => self.front_ready(vport),
             #[cfg(feature = "vm")]
             Source::Caller(vport, slot) => self.caller_ready(vport, slot),
+            #[cfg(feature = "vm")]
+            Source::Keeper(vport) => self.keeper_ready(vport),
+            #[cfg(feature = "vm")]
+            Source::GuestBell(vport, slot) => self.guest_rings(vport, slot),
             Source::Listener(vport) => self.agent_arrives(vport),
             Source::Agent(vport) => self.agent_ready(vport),
             Source::Operator => self.tool_arrives(),
             Source::Tool(tool) => self.tool_ready(tool),
+        }
+    }
+
+    fn bell_rung(&mut self, slab: u64) {
+        self.relays.bell(slab);
+        if let Some(data) = &mut self.data {
+            data.bell(slab);
         }
     }
 
@@ -385,11 +447,13 @@ impl Daemon {
         self.data.iter().flat_map(data::Data::taps).map(crate::capture::Tap::counters)
     }
 
-    /// What a vport's flows have carried, those that are over and those that are not.
+    /// What a vport's flows and relays have carried, those that are over and those that are not.
     pub(crate) fn traffic(&self, vport: usize) -> Traffic {
         let mut sum = self.vports[vport].traffic;
         let entries = self.data.iter().flat_map(data::Data::entries);
         entries.filter(|e| e.vport as usize == vport).for_each(|e| sum.add(e.flow.traffic));
+        let relayed = self.relays.traffic().filter(|(of, _)| *of as usize == vport);
+        relayed.for_each(|(_, traffic)| sum.add(traffic));
         sum
     }
 }

@@ -15,6 +15,7 @@
 //! | [`slab`] | the shared memory of rings, and its pool |
 //! | [`pairing`] | who meets whom, prepare and commit, withdraw and leave: sans-IO |
 //! | [`flow`] | one connection's bytes between rings and another host: sans-IO |
+//! | [`relay`] | one connection's bytes between the rings of two guests here: sans-IO |
 //! | `machine` | a guest that is a virtual machine: its memory, and who calls from it |
 //! | `front` | a VM's vsock device, a process of its own: `vsocketd vm-front` |
 //! | [`capture`] | segments to a file, for `vsocketd capture` |
@@ -40,6 +41,7 @@ pub mod metrics;
 pub mod operator;
 pub mod pairing;
 pub mod peer;
+pub mod relay;
 pub mod slab;
 mod slice;
 pub mod vport;

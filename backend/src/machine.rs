@@ -1,8 +1,8 @@
 //! A guest that is a virtual machine, as the daemon has it: its front, its memory, and who has called from it.
 //!
-//! Its agent speaks over a stream of the guest's, so everything in the guest that can open one may pretend to be the
-//! agent. The first privileged caller of a boot that says `Hello` is it, and nobody after that one before the guest boots
-//! again: the stream is kept, and handed on within the guest, by what starts early there.
+//! Its keeper and its agent speak over streams of the guest's, so everything in the guest that can open one may pretend to be
+//! one of them. The first privileged caller of a boot that registers is the keeper; it is given a token, and without that nobody
+//! registers or presents himself before the guest boots again. The front keeps the token, so that another daemon knows it.
 
 #![forbid(unsafe_code)]
 
@@ -11,13 +11,19 @@ use std::os::fd::OwnedFd;
 
 use rustix::fs::{SealFlags, fcntl_get_seals};
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion, Permissions, VolatileSlice,
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
 };
 use vsocket_channel::message::Region;
 
 use crate::carrier::Carrier;
 
+mod lending;
+
+pub use lending::{Lending, Part};
+
+/// Bytes of a page of the guest's memory.
+const PAGE: u64 = 4096;
 /// Ports below that are for the privileged, in the guest's kernel as in ours.
 const UNPRIVILEGED: u32 = 1024;
 /// Callers that have not yet said what they are: so many of the privileged, and of the others.
@@ -61,15 +67,17 @@ impl Ram {
         self.mapped.iter().map(GuestMemoryRegion::len).sum()
     }
 
-    /// A range of it, which lies in one region and not in the guest's first page: an address of zero is what a guest
-    /// gives that does not know better.
-    pub fn slice(&self, address: u64, len: usize) -> Option<VolatileSlice<'_>> {
-        if address < 4096 || len == 0 {
+    /// Where pages of it are, which must lie in one region. Page 0 is what a guest names that does not know better.
+    pub fn part(&self, page: u64, count: usize) -> Option<Part> {
+        let address = page.checked_mul(PAGE).filter(|address| *address > 0)?;
+        let len = count.checked_mul(PAGE as usize).filter(|len| *len > 0)?;
+        let region = self.mapped.find_region(GuestAddress(address))?;
+        let at = address - region.start_addr().0;
+        if region.len() - at < len as u64 {
             return None;
         }
-        let mut slices =
-            GuestMemory::get_slices(&self.mapped, GuestAddress(address), len, Permissions::ReadWrite).ok()?;
-        slices.next()?.ok().filter(|slice| slice.len() == len)
+        let file = region.file_offset()?;
+        Some(Part { file: file.arc().clone(), offset: file.start() + at, len })
     }
 }
 
@@ -98,6 +106,17 @@ pub struct Caller {
     pub privileged: bool,
 }
 
+/// Who has registered.
+#[derive(Debug)]
+pub struct Keeper {
+    /// Its stream.
+    pub carrier: Carrier,
+    /// Its process in the guest.
+    pub pid: u32,
+    /// It was told that it has registered: what is asked of it, it was asked in this registration.
+    pub answered: bool,
+}
+
 /// A virtual machine.
 #[derive(Debug, Default)]
 pub struct Machine {
@@ -107,8 +126,14 @@ pub struct Machine {
     pub memory: Option<Ram>,
     /// It stands still, and its memory must not be touched.
     pub paused: bool,
-    /// Somebody has registered as the agent in this boot.
-    pub registered: bool,
+    /// The daemon has still to say that it touches nothing.
+    pub quiet_due: bool,
+    /// What proves in this boot who registers, if anybody has.
+    pub token: Option<u128>,
+    /// Who has, while he is there.
+    pub keeper: Option<Keeper>,
+    /// What he lends.
+    pub lending: Lending,
     coming: Coming,
     callers: Vec<Option<Caller>>,
 }
@@ -145,13 +170,43 @@ impl Machine {
 
     /// The guest has rebooted.
     pub fn handle_reset(&mut self) {
-        (self.registered, self.paused) = (false, false);
+        (self.token, self.paused, self.quiet_due) = (None, false, false);
     }
 
     /// The guest is gone, or its front.
     pub fn handle_gone(&mut self) {
         (self.memory, self.coming) = (None, Coming::default());
         self.handle_reset();
+    }
+
+    /// Somebody wants to register, with this token or 0; `fresh` is one that nobody knows. The token that counts from now on.
+    ///
+    /// # Errors
+    ///
+    /// Why not, by name.
+    pub fn handle_register(
+        &mut self,
+        privileged: bool,
+        token: u128,
+        fresh: u128,
+    ) -> Result<u128, &'static str> {
+        if !privileged {
+            return Err("registration-unprivileged");
+        }
+        // The front tells the token of this boot first, if there is one.
+        if self.memory.is_none() {
+            return Err("registration-early");
+        }
+        match self.token {
+            Some(known) if known != token => Err("second-registration"),
+            // A guest that was here before, or elsewhere, brings its own.
+            _ => Ok(*self.token.insert(if token == 0 { fresh } else { token })),
+        }
+    }
+
+    /// Whether a caller may present himself with this token.
+    pub fn knows(&self, token: u128) -> bool {
+        self.token == Some(token) && self.keeper.as_ref().is_some_and(|keeper| keeper.answered)
     }
 
     /// Takes a caller in, under a number.
@@ -189,22 +244,22 @@ impl Machine {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use rustix::fs::{MemfdFlags, fcntl_add_seals, ftruncate, memfd_create};
 
-    fn memfd(len: u64, seals: SealFlags) -> OwnedFd {
+    pub fn memfd(len: u64, seals: SealFlags) -> OwnedFd {
         let fd = memfd_create("guest", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         ftruncate(&fd, len).unwrap();
         fcntl_add_seals(&fd, seals).unwrap();
         fd
     }
 
-    fn region(index: u32, count: u32, address: u64, size: u64) -> Region {
+    pub fn region(index: u32, count: u32, address: u64, size: u64) -> Region {
         Region { index, count, address, size, offset: 0 }
     }
 
-    const SEALED: SealFlags = SealFlags::SHRINK;
+    pub const SEALED: SealFlags = SealFlags::SHRINK;
 
     #[test]
     fn a_table_counts_when_it_is_whole() {
@@ -217,11 +272,12 @@ mod tests {
         take(&mut machine, 1, region(1, 2, 1 << 32, 0x8_0000)).unwrap();
         let memory = machine.memory.as_ref().unwrap();
         assert_eq!(memory.bytes(), 0x18_0000);
-        assert!(memory.slice(4096, 0xf_f000).is_some() && memory.slice((1 << 32) + 0x7_f000, 4096).is_some());
-        for (address, len) in
-            [(0, 1), (4095, 2), (0xf_f000, 4097), (0x10_0000, 1), ((1 << 32) - 1, 2), (u64::MAX, 2)]
+        assert_eq!(memory.part(1, 0xff).map(|part| (part.offset, part.len)), Some((0x1000, 0xf_f000)));
+        assert_eq!(memory.part(0x10_007f, 1).map(|part| (part.offset, part.len)), Some((0x7_f000, 0x1000)));
+        for (page, count) in
+            [(0, 1), (1, 0x100), (0x100, 1), (0xf_ffff, 2), (1, 0), (u64::MAX, 1), (1 << 52, 1)]
         {
-            assert!(memory.slice(address, len).is_none(), "{address:x}");
+            assert!(memory.part(page, count).is_none(), "{page:x}");
         }
         assert_eq!(take(&mut machine, 2, region(1, 2, 0, 4096)), Err("memory-order"));
         assert_eq!(machine.take_region(2, region(0, 1, 0, 4096), None), Err("memory-descriptor"));

@@ -17,6 +17,7 @@ use vsocket_channel::message::Message;
 use crate::carrier::{self, Carrier};
 use crate::daemon::Daemon;
 use crate::fabric::Facts;
+use crate::pairing::Lanes;
 
 mod tool;
 
@@ -92,7 +93,7 @@ impl Daemon {
 
     fn totals(&self) -> Value {
         let vports: Vec<_> = self.vports.iter().enumerate().map(|(n, _)| self.vport(n)).collect();
-        let (direct, fabric) = self.pairing.lanes();
+        let Lanes { direct, fabric, relay } = self.pairing.lanes();
         let (kind, uses) = match self.fabric() {
             Some((name, why, facts)) => (name, fabric_uses(why, facts)),
             None => ("none", fabric_uses("no [[peer]]", Facts::default())),
@@ -104,7 +105,7 @@ impl Daemon {
             "fabric": kind,
             "fabric_uses": uses,
             "vports": vports,
-            "lanes": { "direct": direct, "fabric": fabric },
+            "lanes": { "direct": direct, "fabric": fabric, "relay": relay },
             "passes": self.passes,
             "stays": self.pairing.stays(),
             "slabs": self.pool.len(),
@@ -123,7 +124,13 @@ impl Daemon {
         let machine = vport.machine.as_ref().map(|machine| {
             let memory = machine.memory.as_ref().map(crate::machine::Ram::bytes);
             let front = machine.front.as_ref().and_then(|front| front.pid);
-            json!({ "front": front.is_some(), "memory_bytes": memory.unwrap_or(0), "paused": machine.paused })
+            json!({
+                "front": front.is_some(),
+                "memory_bytes": memory.unwrap_or(0),
+                "paused": machine.paused,
+                "registered": machine.keeper.as_ref().is_some_and(|keeper| keeper.answered),
+                "slabs": self.pool.lent(number),
+            })
         });
         #[cfg(not(feature = "vm"))]
         let machine: Option<Value> = None;
@@ -149,7 +156,7 @@ impl Daemon {
                 "conn": line.end.conn,
                 "local": line.tuple.local.to_string(),
                 "remote": line.tuple.remote.to_string(),
-                "lane": line.lane.name(),
+                "lane": line.lane,
                 "generation": line.generation,
                 "reason": line.reason.map(vsocket_channel::reason::Reason::name),
             })

@@ -31,21 +31,24 @@ use vsocket_channel::reason::Reason;
 use crate::config::Mac;
 use crate::directory::Directory;
 use crate::peer::message::HostName;
-use crate::slab::{Program, Segments, SlabKey, Taken};
+use crate::slab::{Program, Segments};
 
 mod effect;
+mod local;
 mod peer;
 mod remote;
 mod stay;
 
 #[cfg(test)]
+mod relay_tests;
+#[cfg(test)]
 mod remote_tests;
 #[cfg(test)]
 mod tests;
 
-pub use effect::{Effect, FlowStart};
+pub use effect::{Effect, FlowStart, RelayStart};
 pub use peer::Dropped;
-use stay::{Guest, GuestPhase, Party, Stay};
+use stay::{GuestPhase, Kind, Stay};
 
 /// An end that was busy is asked again after this: its counters stand still for a moment between two of its bytes.
 const REST: Duration = Duration::from_millis(2);
@@ -74,6 +77,8 @@ pub struct VportFacts {
     pub max_connections: u32,
     /// Its rings' size.
     pub ring_len: u64,
+    /// It shares no memory with other guests: its connections on this host are relayed.
+    pub relayed: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -107,7 +112,17 @@ struct End {
 struct Vport {
     facts: VportFacts,
     drained: bool,
+    /// The guest stands still, and its memory is not touched.
+    paused: bool,
     ends: u32,
+}
+
+impl Vport {
+    /// Why its connections stay on TCP, if they have to.
+    fn barred(&self) -> Option<Reason> {
+        let reasons = [(self.drained, Reason::Drained), (self.paused, Reason::GuestPaused)];
+        reasons.into_iter().find_map(|(is, reason)| is.then_some(reason))
+    }
 }
 
 /// Another backend's offer, waiting for our end.
@@ -141,12 +156,23 @@ pub struct Line {
     pub end: EndId,
     /// Its addresses.
     pub tuple: Tuple,
-    /// The lane that is committed.
-    pub lane: Lane,
+    /// The name of what carries it.
+    pub lane: &'static str,
     /// The generation, if it is in a stay.
     pub generation: Option<u32>,
     /// Why it is on TCP, if that was told.
     pub reason: Option<Reason>,
+}
+
+/// How many stays are committed, by what carries them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Lanes {
+    /// A ring that both programs map.
+    pub direct: usize,
+    /// A flow to another host.
+    pub fabric: usize,
+    /// A relay between two guests of this host.
+    pub relay: usize,
 }
 
 /// All ends and stays of this host.
@@ -183,7 +209,8 @@ impl Pairing {
             facts.addresses.iter().map(move |a| ((vni, a.to_canonical()), n as u32)).collect::<Vec<_>>()
         };
         let local = vports.iter().enumerate().flat_map(each).collect();
-        let vports = vports.into_iter().map(|facts| Vport { facts, drained: false, ends: 0 }).collect();
+        let vports =
+            vports.into_iter().map(|facts| Vport { facts, drained: false, paused: false, ends: 0 }).collect();
         let hosts = hosts.iter().enumerate().map(|(n, host)| (host.clone(), n as u32)).collect();
         Self {
             vports,
@@ -358,28 +385,59 @@ impl Pairing {
     /// The operator moves a vport's connections to TCP, or lets them return.
     pub fn handle_drain(&mut self, vport: u32, on: bool) -> bool {
         let Some(state) = self.vports.get_mut(vport as usize) else { return false };
-        let changed = state.drained != on;
-        state.drained = on;
-        if changed && on {
-            let message = Message::Withdraw { conn: 0, generation: 0, reason: Reason::Drained };
+        if std::mem::replace(&mut state.drained, on) != on {
+            self.bar(vport, on.then_some(Reason::Drained));
+        }
+        true
+    }
+
+    /// A guest's memory is not to be touched any more, or may be again.
+    pub fn handle_pause(&mut self, vport: u32, on: bool) {
+        let Some(state) = self.vports.get_mut(vport as usize) else { return };
+        if std::mem::replace(&mut state.paused, on) != on {
+            self.bar(vport, on.then_some(Reason::GuestPaused));
+        }
+    }
+
+    fn bar(&mut self, vport: u32, why: Option<Reason>) {
+        if let Some(reason) = why {
+            let message = Message::Withdraw { conn: 0, generation: 0, reason };
             self.effects.push_back(Effect::Tell { vport, message });
             for (id, stay) in self.held(vport) {
-                self.silence(stay, id, GuestPhase::Withdrawn, Reason::Drained);
+                self.silence(stay, id, GuestPhase::Withdrawn, reason);
             }
         }
         let open =
             |(id, end): (&EndId, &End)| (id.vport == vport && end.state == EndState::Open).then_some(*id);
         let open: Vec<EndId> = self.ends.iter().filter_map(open).collect();
         self.ready.extend(open);
-        true
     }
 
-    /// The daemon is about to end: no new stays, and every end leaves the fabric. Direct lanes go on without us.
+    /// Whether no other host writes to this guest's memory: its stays are over, or have not got so far.
+    pub fn is_quiet(&self, vport: u32) -> bool {
+        !self.stays.values().any(|stay| stay.is_written_to(vport))
+    }
+
+    /// A program has ended, or can be woken no more: its stays are over.
+    pub fn handle_program_gone(&mut self, (vport, program): Program, reason: Reason) {
+        let its = |(id, end): (&EndId, &End)| match end.state {
+            EndState::Staying(stay) => (id.vport == vport && end.program == program).then_some(stay),
+            _ => None,
+        };
+        let stays: Vec<u64> = self.ends.iter().filter_map(its).collect();
+        for stay in stays {
+            self.end_stay(stay, reason, usize::MAX);
+            self.settle(stay);
+        }
+    }
+
+    /// The daemon is about to end: no new stays, and every end leaves the lane that we move bytes on. Direct lanes go on
+    /// without us.
     pub fn handle_stop(&mut self, reason: Reason) {
         self.stopping = true;
-        let fabric = self.stays.iter().filter(|(_, stay)| stay.lane() == Lane::Fabric);
-        let fabric: Vec<u64> = fabric.map(|(id, _)| *id).collect();
-        for id in fabric {
+        let carried = self.stays.iter().filter(|(_, stay)| stay.lane() == Lane::Fabric);
+        let carried: Vec<u64> = carried.map(|(id, _)| *id).collect();
+        for id in carried {
             self.end_stay(id, reason, usize::MAX);
             self.settle(id);
         }
@@ -395,8 +453,13 @@ impl Pairing {
         self.ready.extend(open);
     }
 
-    /// Stays on the fabric that are not over.
-    pub fn fabric_stays(&self) -> usize {
+    /// As [`handle_memory`](Self::handle_memory), for all programs of a virtual machine.
+    pub fn handle_memory_of(&mut self, vport: u32) {
+        self.bar(vport, None);
+    }
+
+    /// Stays that are not over and whose bytes we move.
+    pub fn carried_stays(&self) -> usize {
         self.stays.values().filter(|stay| stay.lane() == Lane::Fabric).count()
     }
 
@@ -410,10 +473,10 @@ impl Pairing {
         self.vports.get(vport as usize).map_or(0, |v| v.ends)
     }
 
-    /// How many stays are committed on each lane: direct pairs, fabric flows.
-    pub fn lanes(&self) -> (usize, usize) {
-        let of = |lane| self.stays.values().filter(|s| s.committed && !s.ending && s.lane() == lane).count();
-        (of(Lane::Direct), of(Lane::Fabric))
+    /// How many stays are committed on each lane.
+    pub fn lanes(&self) -> Lanes {
+        let of = |kind| self.stays.values().filter(|s| s.committed && !s.ending && s.kind() == kind).count();
+        Lanes { direct: of(Kind::Direct), fabric: of(Kind::Fabric), relay: of(Kind::Relay) }
     }
 
     /// Stays that are not over, withdrawn or not.
@@ -432,7 +495,7 @@ impl Pairing {
             Line {
                 end: *id,
                 tuple: end.tuple,
-                lane: live.map_or(Lane::Tcp, Stay::lane),
+                lane: live.map_or(Lane::Tcp.name(), |stay| stay.kind().name()),
                 generation: stay.map(|s| s.generation),
                 reason: end.told,
             }
@@ -471,17 +534,17 @@ impl Pairing {
     fn try_pair(&mut self, id: EndId, segments: &mut impl Segments) {
         let Some(end) = self.ends.get(&id).filter(|end| end.state == EndState::Open) else { return };
         let (vni, tuple) = (self.vni(id), end.tuple);
-        if self.vports[id.vport as usize].drained {
-            self.withdraw_offer(id, Reason::Drained);
-            return self.decline(id, Reason::Drained);
+        if let Some(reason) = self.vports[id.vport as usize].barred() {
+            self.withdraw_offer(id, reason);
+            return self.decline(id, reason);
         }
         match self.place(vni, tuple.remote.ip()) {
             Place::Vport(other) if other != id.vport => {
                 let far = self.by_tuple.get(&(vni, tuple.mirrored())).copied();
                 let far = far.filter(|far| self.ends.get(far).is_some_and(|e| e.state == EndState::Open));
                 match far {
-                    _ if self.vports[other as usize].drained => self.decline(id, Reason::Drained),
-                    Some(far) => self.start_direct(id.min(far), id.max(far), segments),
+                    _ if self.vports[other as usize].barred().is_some() => self.decline(id, Reason::Drained),
+                    Some(far) => self.start_local(id.min(far), id.max(far), segments),
                     None => self.decline(id, Reason::PeerNotOpen),
                 }
             }
@@ -489,27 +552,5 @@ impl Pairing {
             // Both ends in one guest are not paired yet.
             Place::Vport(_) | Place::Nowhere => self.decline(id, Reason::PeerUnknown),
         }
-    }
-
-    /// Pairs two open ends of this host; `a` is of the smaller vport, and side 0.
-    fn start_direct(&mut self, a: EndId, b: EndId, segments: &mut impl Segments) {
-        let of = |id: EndId| {
-            let end = &self.ends[&id];
-            let ring_len = self.vports[id.vport as usize].facts.ring_len;
-            ((id.vport, end.program), end.min_generation, ring_len)
-        };
-        let ((program_a, min_a, ring_a), (program_b, min_b, ring_b)) = (of(a), of(b));
-        let generation = min_a.max(min_b).max(1);
-        if generation == u32::MAX {
-            return [a, b].into_iter().for_each(|id| self.decline(id, Reason::Violation));
-        }
-        let key = SlabKey::Direct(program_a, program_b);
-        let segment = match segments.take(key, ring_a.min(ring_b)) {
-            Taken::Segment(segment) => segment,
-            Taken::Coming => return,
-            Taken::Nothing(reason) => return [a, b].into_iter().for_each(|id| self.decline(id, reason)),
-        };
-        let party = |end| Party::Guest(Guest { end, phase: GuestPhase::Asked });
-        self.begin(Stay::new(generation, segment, [party(a), party(b)]));
     }
 }

@@ -1,31 +1,30 @@
-//! Slabs: the shared memory that this host creates for its guests, and the pool of their segments.
+//! Slabs: the shared memory that this host creates for its guests, or that they lend it, and the pool of their segments.
 //!
-//! A slab is one sealed memfd with a fixed set of mappers ([`SlabKey`]), because a mapping cannot be taken back: what
+//! A slab is one sealed memfd, or pages of a virtual machine's memory ([`lent`]), with a fixed set of mappers ([`SlabKey`]), because a mapping cannot be taken back: what
 //! two programs once shared serves only these two again. Segments are handed out, reset and populated; they come back
 //! either to be reused, after every mapper has said that it uses the generation no longer, or to be lost with the slab.
-//!
-//! All of this module's unsafe code is mapping memory and laying the contract's types over it.
+
+#![deny(unsafe_code)]
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::ptr::NonNull;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::event::{EventfdFlags, eventfd};
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
-use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
-use vsocket_channel::Side;
 use vsocket_channel::layout::{
     BELLS, Geometry, LAYOUT_VERSION, SEGMENT_HEADER_LEN, SLAB_HEADER_LEN, SLAB_MAGIC, SegmentHeader,
-    SlabHeader,
 };
 use vsocket_channel::reason::Reason;
-use vsocket_channel::ring::Bytes;
 use vsocket_channel::sync::Ordering;
 
-use crate::fabric::Region;
+mod bell;
+mod lent;
+#[allow(unsafe_code)] // its mapping
+mod memory;
+
+pub use bell::Doorbell;
+pub use lent::Want;
+pub use memory::{Memory, Piece, View};
 
 /// Segments of one slab.
 pub const SEGMENTS: u32 = 16;
@@ -40,11 +39,20 @@ pub type Program = (u32, u64);
 pub enum SlabKey {
     /// Two programs on this host, side 0 first.
     Direct(Program, Program),
-    /// A program (side 0) and this backend (side 1), for connections to one other host.
+    /// A program (side 0) and this backend (side 1), for connections to one other host, or to guests of this one
+    /// ([`RELAY`](crate::relay::RELAY)).
     Fabric(Program, u32),
 }
 
 impl SlabKey {
+    /// The other host that it serves.
+    fn peer(&self) -> u32 {
+        match self {
+            Self::Direct(..) => u32::MAX,
+            Self::Fabric(_, peer) => *peer,
+        }
+    }
+
     fn names(&self, vport: u32) -> bool {
         match self {
             Self::Direct(a, b) => a.0 == vport || b.0 == vport,
@@ -62,146 +70,14 @@ pub struct SegmentId {
     pub index: u32,
 }
 
-/// A mapped slab. Guests write to it at any time, so nothing here gives a reference to anything but atomics.
-#[derive(Debug)]
-pub struct Memory {
-    base: NonNull<u8>,
-    geometry: Geometry,
-}
-
-// SAFETY: the mapping belongs to the process, not to a thread; it is reached only through atomics and the raw copies of
-// `Bytes` and `Region`.
-unsafe impl Send for Memory {}
-// SAFETY: as for Send.
-unsafe impl Sync for Memory {}
-
-impl Memory {
-    /// Makes the memory of a slab, whose size nobody can change.
-    ///
-    /// # Errors
-    ///
-    /// What the system does not give.
-    pub fn create(geometry: Geometry) -> io::Result<(OwnedFd, Self)> {
-        let memfd = memfd_create(c"vsocket-slab", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-        ftruncate(&memfd, geometry.slab_len() as u64)?;
-        fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        let memory = Self::map(&memfd, geometry)?;
-        Ok((memfd, memory))
-    }
-
-    /// Maps a slab of this geometry.
-    ///
-    /// # Errors
-    ///
-    /// What `mmap` says.
-    pub fn map(memfd: impl AsFd, geometry: Geometry) -> io::Result<Self> {
-        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
-        // SAFETY: a fresh mapping at an address of the kernel's choice touches no memory that Rust knows.
-        let base = unsafe { mmap(std::ptr::null_mut(), geometry.slab_len(), protection, flags, memfd, 0) }?;
-        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self { base, geometry })
-    }
-
-    /// The slab's first page.
-    pub fn header(&self) -> &SlabHeader {
-        // SAFETY: the mapping begins page-aligned, is longer than the header, and lives as long as `self`; the header is
-        // `Shared`: atomics only, any bit pattern valid.
-        unsafe { self.base.cast().as_ref() }
-    }
-
-    /// The slab's sizes.
-    pub fn geometry(&self) -> Geometry {
-        self.geometry
-    }
-
-    /// The header of a segment.
-    pub fn segment(&self, index: u32) -> Option<&SegmentHeader> {
-        let at = self.geometry.segment_offset(index)?;
-        // SAFETY: `at` is a multiple of a page inside the mapping, which is long enough for the whole segment; otherwise
-        // as for `header`.
-        Some(unsafe { self.base.add(at).cast().as_ref() })
-    }
-
-    /// The ring of the direction that begins at `from`. It is valid as long as `self`.
-    pub fn ring(&self, index: u32, from: Side) -> Option<Bytes> {
-        let at = self.geometry.ring_offset(index, from)?;
-        // SAFETY: offset and length are the geometry's, so inside the mapping; the length is a power of two. The caller
-        // keeps `self` beside the ring, as documented (`View` does).
-        Some(unsafe { Bytes::new(self.base.as_ptr().add(at), self.geometry.ring_len()) })
-    }
-
-    /// The whole slab as a region for a fabric, which keeps it mapped.
-    pub fn region(self: &Arc<Self>) -> Region {
-        // SAFETY: the mapping is as long as the geometry says, readable and writable, and is unmapped when the last Arc,
-        // of which the region holds one, goes; it is sealed against shrinking; this process holds references only to
-        // the atomics of the headers.
-        unsafe { Region::new(self.base, self.geometry.slab_len(), self.clone()) }
-    }
-
-    /// Takes the pages of `len` bytes at `at` from the system now, not at the first access.
-    ///
-    /// # Errors
-    ///
-    /// If there are none.
-    pub(crate) fn populate(&self, at: usize, len: usize) -> io::Result<()> {
-        debug_assert!(at + len <= self.geometry.slab_len());
-        let from = self.base.as_ptr().wrapping_add(at).cast();
-        // SAFETY: the range lies in our mapping (callers pass the geometry's offsets), and populating changes no byte.
-        match unsafe { madvise(from, len, Advice::LinuxPopulateWrite) } {
-            // A kernel before 5.14 cannot; the pages then come at the first access.
-            Err(Errno::INVAL) => Ok(()),
-            other => Ok(other?),
-        }
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // SAFETY: base and length are those of `map`; references and rings borrow from or stand beside an Arc of self.
-        let _ = unsafe { munmap(self.base.as_ptr().cast(), self.geometry.slab_len()) };
-    }
-}
-
-/// One segment, with the mapping it lies in.
-#[derive(Clone, Debug)]
-pub struct View {
-    memory: Arc<Memory>,
-    index: u32,
-    /// The ring of direction 0 → 1, and of 1 → 0.
-    pub rings: [Bytes; 2],
-}
-
-impl View {
-    /// The segment `index` of `memory`, if it has one.
-    pub fn new(memory: &Arc<Memory>, index: u32) -> Option<Self> {
-        let rings = [memory.ring(index, Side::Zero)?, memory.ring(index, Side::One)?];
-        Some(Self { memory: memory.clone(), index, rings })
-    }
-
-    /// The segment's header.
-    pub fn header(&self) -> &SegmentHeader {
-        self.memory.segment(self.index).expect("`new` has checked the index")
-    }
-
-    /// The slab's header, with the bells.
-    pub fn slab(&self) -> &SlabHeader {
-        self.memory.header()
-    }
-
-    /// Where the ring of the direction that begins at `from` is in the slab.
-    pub fn ring_offset(&self, from: Side) -> usize {
-        self.memory.geometry.ring_offset(self.index, from).expect("`new` has checked the index")
-    }
-}
-
 /// A slab with its descriptors.
 #[derive(Debug)]
 pub struct Slab {
     key: SlabKey,
-    /// The memory's descriptor, for the mappers.
-    pub memfd: Arc<OwnedFd>,
-    /// The eventfds of both sides' bells.
-    pub bells: [[Arc<OwnedFd>; BELLS]; 2],
+    /// The memory's descriptor, for the mappers. Lent memory has none here: its guest has it.
+    pub memfd: Option<Arc<OwnedFd>>,
+    /// Both sides' bells.
+    pub bells: [[Doorbell; BELLS]; 2],
     /// Our own mapping.
     pub memory: Arc<Memory>,
     free: Vec<u32>,
@@ -216,29 +92,38 @@ impl Slab {
     fn create(key: SlabKey, geometry: Geometry) -> io::Result<Self> {
         let (memfd, memory) = Memory::create(geometry)?;
         memory.populate(0, SLAB_HEADER_LEN)?;
-        let header = memory.header();
-        header.magic.store(SLAB_MAGIC, Ordering::Relaxed);
-        header.version.store(LAYOUT_VERSION, Ordering::Relaxed);
-        header.segments.store(geometry.segments(), Ordering::Relaxed);
-        header.ring_len.store(geometry.ring_len() as u64, Ordering::Relaxed);
         let far = match key {
             SlabKey::Direct(..) => bells()?,
             // The backend is one waiter: its four bells are one.
             SlabKey::Fabric(..) => {
-                let one = bell()?;
+                let one = Doorbell::new()?;
                 [(); BELLS].map(|()| one.clone())
             }
         };
-        Ok(Self {
-            key,
-            memfd: Arc::new(memfd),
-            bells: [bells()?, far],
-            memory: Arc::new(memory),
-            free: (0..geometry.segments()).rev().collect(),
-            populated: 0,
-            in_use: 0,
-            retired: false,
-        })
+        Ok(Self::new(key, memory, Some(Arc::new(memfd)), [bells()?, far]))
+    }
+
+    fn new(key: SlabKey, memory: Memory, memfd: Option<Arc<OwnedFd>>, bells: [[Doorbell; BELLS]; 2]) -> Self {
+        let (header, geometry) = (memory.header(), memory.geometry());
+        header.magic.store(SLAB_MAGIC, Ordering::Relaxed);
+        header.version.store(LAYOUT_VERSION, Ordering::Relaxed);
+        header.segments.store(geometry.segments(), Ordering::Relaxed);
+        header.ring_len.store(geometry.ring_len() as u64, Ordering::Relaxed);
+        let free = (0..geometry.segments()).rev().collect();
+        let memory = Arc::new(memory);
+        Self { key, memfd, bells, memory, free, populated: 0, in_use: 0, retired: false }
+    }
+
+    /// Whether its memory is a guest's.
+    pub fn is_lent(&self) -> bool {
+        self.memfd.is_none()
+    }
+
+    /// The vport of side 0's program.
+    pub fn vport(&self) -> u32 {
+        match self.key {
+            SlabKey::Direct(program, _) | SlabKey::Fabric(program, _) => program.0,
+        }
     }
 
     /// Whether this backend is one of the mappers.
@@ -248,7 +133,7 @@ impl Slab {
 
     /// Makes a segment ready for a generation.
     fn prepare(&mut self, index: u32) -> io::Result<()> {
-        let geometry = self.memory.geometry;
+        let geometry = self.memory.geometry();
         let at = geometry.segment_offset(index).ok_or(io::ErrorKind::InvalidInput)?;
         if self.populated & 1 << index == 0 {
             self.memory.populate(at, geometry.segment_len())?;
@@ -263,13 +148,8 @@ impl Slab {
     }
 }
 
-/// The eventfd of a bell.
-pub(crate) fn bell() -> io::Result<Arc<OwnedFd>> {
-    Ok(Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
-}
-
-fn bells() -> io::Result<[Arc<OwnedFd>; BELLS]> {
-    let (a, b, c, d) = (bell()?, bell()?, bell()?, bell()?);
+fn bells() -> io::Result<[Doorbell; BELLS]> {
+    let (a, b, c, d) = (Doorbell::new()?, Doorbell::new()?, Doorbell::new()?, Doorbell::new()?);
     Ok([a, b, c, d])
 }
 
@@ -311,6 +191,8 @@ pub struct Pool {
     idle: VecDeque<u64>,
     /// Slabs that have come or gone since the daemon last asked.
     changes: Vec<Change>,
+    /// Vports whose guests bring their own memory.
+    lenders: HashMap<u32, lent::Lender>,
     last: u64,
 }
 
@@ -319,8 +201,10 @@ pub struct Pool {
 pub enum Change {
     /// Watch its bell.
     Created(u64),
+    /// Ask this vport's guest for the memory of this slab.
+    Wanted(u32, u64),
     /// It is no more. Its descriptors and memory live until this value is dropped.
-    Gone(u64, Slab),
+    Gone(u64, Box<Slab>),
 }
 
 impl Pool {
@@ -349,13 +233,13 @@ impl Pool {
         self.changes.drain(..)
     }
 
-    fn try_take(&mut self, key: SlabKey, ring_len: u64) -> io::Result<SegmentId> {
-        let known = self.by_key.get(&key).into_iter().flatten().copied();
-        let slab = known.rev().find(|n| self.slabs.get(n).is_some_and(|s| !s.retired && !s.free.is_empty()));
-        let number = match slab {
-            Some(number) => number,
-            None => self.create(key, ring_len)?,
-        };
+    /// The slab that the next segment for this key is in.
+    fn with_free(&self, key: SlabKey) -> Option<u64> {
+        let mut known = self.by_key.get(&key).into_iter().flatten().copied().rev();
+        known.find(|n| self.slabs.get(n).is_some_and(|s| !s.retired && !s.free.is_empty()))
+    }
+
+    fn take_from(&mut self, number: u64) -> io::Result<SegmentId> {
         let slab = self.slabs.get_mut(&number).ok_or(io::ErrorKind::NotFound)?;
         let index = *slab.free.last().ok_or(io::ErrorKind::OutOfMemory)?;
         slab.prepare(index)?;
@@ -371,11 +255,15 @@ impl Pool {
         let geometry = Geometry::new(SEGMENTS, ring_len).ok_or(io::ErrorKind::InvalidInput)?;
         let slab = Slab::create(key, geometry)?;
         self.last += 1;
-        self.slabs.insert(self.last, slab);
-        self.by_key.entry(key).or_default().push(self.last);
-        self.idle.push_back(self.last);
-        self.changes.push(Change::Created(self.last));
+        self.insert(self.last, slab);
         Ok(self.last)
+    }
+
+    fn insert(&mut self, number: u64, slab: Slab) {
+        self.by_key.entry(slab.key).or_default().push(number);
+        self.slabs.insert(number, slab);
+        self.idle.push_back(number);
+        self.changes.push(Change::Created(number));
     }
 
     /// Takes a segment back. Without `reuse` it is lost: someone may write to it still.
@@ -402,9 +290,13 @@ impl Pool {
 
     /// The agent of a vport has gone: nothing that its programs map is handed out again.
     pub fn retire(&mut self, vport: u32) {
+        self.retire_all(|key| key.names(vport));
+    }
+
+    fn retire_all(&mut self, of: impl Fn(&SlabKey) -> bool) {
         let mut empty = Vec::new();
         for (number, slab) in &mut self.slabs {
-            if slab.key.names(vport) {
+            if of(&slab.key) {
                 slab.retired = true;
                 if slab.in_use == 0 {
                     empty.push(*number);
@@ -425,13 +317,21 @@ impl Pool {
                 self.by_key.remove(&slab.key);
             }
         }
-        self.changes.push(Change::Gone(number, slab));
+        if slab.is_lent() {
+            self.returned(slab.vport());
+        }
+        self.changes.push(Change::Gone(number, Box::new(slab)));
     }
 }
 
 impl Segments for Pool {
     fn take(&mut self, key: SlabKey, ring_len: u64) -> Taken {
-        match self.try_take(key, ring_len) {
+        let number = match (self.with_free(key), self.lender_of(key)) {
+            (Some(number), _) => Ok(number),
+            (None, Some(vport)) => return self.ask(vport, key, ring_len),
+            (None, None) => self.create(key, ring_len),
+        };
+        match number.and_then(|number| self.take_from(number)) {
             Ok(id) => Taken::Segment(id),
             Err(error) => {
                 tracing::warn!(%error, "no memory for a segment");
@@ -440,8 +340,12 @@ impl Segments for Pool {
         }
     }
 
-    fn look(&mut self, _key: SlabKey, _ring_len: u64) -> bool {
-        true
+    fn look(&mut self, key: SlabKey, ring_len: u64) -> bool {
+        match self.lender_of(key).filter(|_| self.with_free(key).is_none()) {
+            // Who has none at all is offered as well, and declined when it comes to it.
+            Some(vport) => self.ask(vport, key, ring_len) != Taken::Coming,
+            None => true,
+        }
     }
 }
 
@@ -450,7 +354,8 @@ const _: () = assert!(SEGMENTS <= u64::BITS && SEGMENT_HEADER_LEN >= size_of::<S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::fs::fcntl_get_seals;
+    use rustix::fs::{SealFlags, fcntl_get_seals, ftruncate};
+    use vsocket_channel::Side;
 
     const KEY: SlabKey = SlabKey::Direct((0, 1), (1, 1));
 
@@ -460,8 +365,8 @@ mod tests {
         let id = pool.take(KEY, 4096).segment().unwrap();
         let slab = pool.slab(id.slab).unwrap();
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
-        assert_eq!(fcntl_get_seals(&slab.memfd).unwrap(), seals);
-        assert!(ftruncate(&slab.memfd, 0).is_err());
+        assert_eq!(fcntl_get_seals(slab.memfd.as_ref().unwrap()).unwrap(), seals);
+        assert!(ftruncate(slab.memfd.as_ref().unwrap(), 0).is_err());
         assert_eq!(slab.memory.header().magic.load(Ordering::Relaxed), SLAB_MAGIC);
         assert_eq!(slab.memory.header().segments.load(Ordering::Relaxed), SEGMENTS);
     }
@@ -471,7 +376,7 @@ mod tests {
         let mut pool = Pool::default();
         let id = pool.take(KEY, 4096).segment().unwrap();
         let slab = pool.slab(id.slab).unwrap();
-        let other = Memory::map(&slab.memfd, slab.memory.geometry()).unwrap();
+        let other = Memory::map(slab.memfd.as_ref().unwrap(), slab.memory.geometry()).unwrap();
         pool.view(id).unwrap().rings[1].put(4090, b"wraps around");
         let mut got = [0; 12];
         other.ring(id.index, Side::One).unwrap().get(4090, &mut got);

@@ -2,32 +2,17 @@
 #![cfg(feature = "vm")]
 
 mod common;
-
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+#[path = "common/machine.rs"]
+mod machine;
 
 use common::{Dir, Running, config, vport};
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use vsocket_backend::carrier::{Carrier, Gone, reach};
-use vsocket_backend::config::Machine;
-use vsocket_channel::message::{Message, Region, Tuple};
-use vsocket_channel::reason::Reason;
-
-const CID: u32 = 9;
-const PORT: u32 = 7650;
-
-fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let end = Instant::now() + Duration::from_secs(10);
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(Instant::now() < end, "{what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
+use machine::{
+    Guest, PORT, call, front, hear, is_hung_up_on, machine_vport, memfd, present_agent, register, until,
+};
+use rustix::fs::SealFlags;
+use std::sync::Arc;
+use vsocket_backend::carrier::{Carrier, reach};
+use vsocket_channel::message::{Message, Region};
 
 struct World {
     daemon: Running,
@@ -37,18 +22,17 @@ struct World {
 impl World {
     fn new() -> Self {
         let dir = Dir::new();
-        let mut machine = vport(&dir, "vm", 100, "198.51.100.1");
-        machine.machine = Some(Machine { cid: CID, front: dir.0.join("qemu"), port: PORT, max_streams: 8 });
+        let machine = machine_vport(&dir, "vm", 100, "198.51.100.1");
         let daemon = Running::new(config(&dir, "h", vec![machine, vport(&dir, "c", 100, "198.51.100.2")]));
         Self { daemon, dir }
     }
 
     fn front(&self) -> Carrier {
-        let mut front = reach(&self.dir.0.join("vm")).unwrap();
-        front.send(&Message::FrontHello { pid: 77, cid: CID.into() }, vec![]).unwrap();
-        let (welcome, pidfd) = until("no welcome", || front.receive_with().unwrap());
-        assert!(matches!(welcome, Message::FrontWelcome { .. }) && pidfd.is_some());
-        front
+        front(&self.dir.0.join("vm"))
+    }
+
+    fn guest(&self) -> Guest {
+        Guest::new(&self.dir.0.join("vm"))
     }
 
     fn drops(&self, name: &str) -> u64 {
@@ -60,91 +44,86 @@ impl World {
     }
 }
 
-/// A stream from this port of the guest.
-fn call(front: &mut Carrier, guest_port: u32, host_port: u32) -> Carrier {
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let (near, far) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
-    let message = Message::FrontStream { id: 1, guest_port, host_port };
-    front.send(&message, vec![Arc::new(far)]).unwrap();
-    Carrier::stream(near)
-}
-
-fn hear(carrier: &mut Carrier) -> Message {
-    until("nothing is said", || {
-        carrier.flush().unwrap();
-        carrier.receive().unwrap()
-    })
-}
-
-fn is_hung_up_on(carrier: &mut Carrier) {
-    until("it is heard", || matches!(carrier.receive(), Err(Gone::Closed)).then_some(()));
-}
-
 const HELLO: Message = Message::Hello { pid: 5 };
 
-fn register(front: &mut Carrier, guest_port: u32) -> Carrier {
-    let mut agent = call(front, guest_port, PORT);
-    agent.send(&HELLO, vec![]).unwrap();
-    assert!(matches!(hear(&mut agent), Message::Welcome { vni: 100, .. }));
-    agent
-}
-
 #[test]
-fn an_agent_speaks_over_a_stream_of_the_guest() {
+fn a_keeper_registers_and_an_agent_presents_itself() {
     let world = World::new();
-    let mut front = world.front();
-    let mut agent = register(&mut front, 1023);
+    let mut guest = world.guest();
     for n in 0..300 {
-        agent.send(&Message::Ping { n }, vec![]).unwrap();
+        guest.agent.send(&Message::Ping { n }, vec![]).unwrap();
     }
-    (0..300).for_each(|n| assert_eq!(hear(&mut agent), Message::Pong { n }));
-    let tuple = Tuple::new("198.51.100.1:80".parse().unwrap(), "198.51.100.2:90".parse().unwrap());
-    agent.send(&Message::Open { conn: 3, program: 1, tuple, min_generation: 0 }, vec![]).unwrap();
-    assert_eq!(hear(&mut agent), Message::Declined { conn: 3, reason: Reason::NoRingMemory });
+    (0..300).for_each(|n| assert_eq!(hear(&mut guest.agent), Message::Pong { n }));
     let stat = world.daemon.stat();
+    let machine = &stat["vports"][0]["machine"];
     assert_eq!(
-        (&stat["vports"][0]["agent"], &stat["vports"][0]["machine"]["front"]),
-        (&true.into(), &true.into())
+        (&stat["vports"][0]["agent"], &machine["front"], &machine["registered"]),
+        (&true.into(), &true.into(), &true.into())
     );
     assert!(stat["vports"][1]["machine"].is_null());
+    // An agent that has died is followed by another.
+    drop(guest.agent);
+    guest.agent = present_agent(&mut guest.front, guest.token);
 }
 
 #[test]
 fn a_boot_has_one_registration() {
     let world = World::new();
-    let mut front = world.front();
-    let agent = register(&mut front, 1000);
-    let mut second = call(&mut front, 1001, PORT);
-    second.send(&HELLO, vec![]).unwrap();
-    is_hung_up_on(&mut second);
-    world.counts("second-agent");
-    // Not even when the first is gone; but in the next boot.
-    drop(agent);
-    let mut third = call(&mut front, 1002, PORT);
-    third.send(&HELLO, vec![]).unwrap();
+    let mut guest = world.guest();
+    let refused = |guest: &mut Guest, token, times| {
+        let mut second = call(&mut guest.front, 1001, PORT);
+        second.send(&Message::Register { token, pid: 1 }, vec![]).unwrap();
+        is_hung_up_on(&mut second);
+        until("it is counted", || (world.drops("second-registration") == times).then_some(()));
+    };
+    refused(&mut guest, 0, 1);
+    let wrong = guest.token ^ 1;
+    refused(&mut guest, wrong, 2);
+    // Not even when the first is gone; but with its token, and in the next boot.
+    let Guest { front: mut guest_front, ram, token, keeper, .. } = guest;
+    drop(keeper);
+    let mut third = call(&mut guest_front, 1002, PORT);
+    third.send(&Message::Register { token: 0, pid: 1 }, vec![]).unwrap();
     is_hung_up_on(&mut third);
-    front.send(&Message::FrontReset {}, vec![]).unwrap();
-    register(&mut front, 1003);
+    assert_eq!(register(&mut guest_front, 1003, token).1, token);
+    guest_front.send(&Message::FrontReset {}, vec![]).unwrap();
+    assert_ne!(register(&mut guest_front, 1003, 0).1, token);
+    drop(guest_front);
+    // Another daemon knows what the front has kept.
+    let mut again = Guest::with(&world.dir.0.join("vm"), ram, 7, Some(7));
+    assert_eq!(again.token, 7);
+    let mut stranger = call(&mut again.front, 1001, PORT);
+    stranger.send(&Message::Register { token: 0, pid: 1 }, vec![]).unwrap();
+    is_hung_up_on(&mut stranger);
 }
 
 #[test]
 fn who_is_not_the_agent_gets_nowhere() {
     let world = World::new();
     let mut front = world.front();
-    let mut unprivileged = call(&mut front, 1024, PORT);
-    unprivileged.send(&HELLO, vec![]).unwrap();
-    is_hung_up_on(&mut unprivileged);
-    world.counts("agent-unprivileged");
+    let mut early = call(&mut front, 1000, PORT);
+    early.send(&Message::Register { token: 0, pid: 1 }, vec![]).unwrap();
+    is_hung_up_on(&mut early);
+    world.counts("registration-early");
+    drop(front);
+    let Guest { mut front, token, agent: _agent, keeper: _keeper, .. } = world.guest();
+    let mut refused = |guest_port, host_port, message, name| {
+        let mut caller = call(&mut front, guest_port, host_port);
+        caller.send(&message, vec![]).unwrap();
+        is_hung_up_on(&mut caller);
+        world.counts(name);
+    };
+    refused(1024, PORT, Message::Register { token, pid: 1 }, "registration-unprivileged");
+    refused(1000, PORT, Message::Present { token: token ^ 1, program: 0, bell: 0 }, "present-token");
+    refused(1000, PORT, Message::Present { token, program: 1, bell: 4 }, "bell-number");
+    refused(1, PORT, HELLO, "message-unexpected");
+    refused(1, PORT, Message::Present { token, program: 0, bell: 0 }, "second-agent");
     let mut elsewhere = call(&mut front, 1, PORT + 1);
     is_hung_up_on(&mut elsewhere);
     world.counts("caller-port");
-    let mut confused = call(&mut front, 1, PORT);
-    confused.send(&Message::Ping { n: 1 }, vec![]).unwrap();
-    is_hung_up_on(&mut confused);
-    world.counts("message-unexpected");
     // Silent ones are in nobody's way.
     let _silent: Vec<_> = (0..20).map(|n| call(&mut front, n, PORT)).collect();
-    register(&mut front, 1000);
+    register(&mut front, 1000, token);
 }
 
 #[test]
@@ -158,19 +137,13 @@ fn who_is_not_the_front_gets_nowhere() {
     let mut container = reach(&path).unwrap();
     container.send(&HELLO, vec![]).unwrap();
     is_hung_up_on(&mut container);
-    let mut machine = reach(&world.dir.0.join("c")).unwrap();
-    machine.send(&Message::FrontHello { pid: 1, cid: CID.into() }, vec![]).unwrap();
-    is_hung_up_on(&mut machine);
+    let mut other = reach(&world.dir.0.join("c")).unwrap();
+    other.send(&Message::FrontHello { pid: 1, cid: machine::CID.into() }, vec![]).unwrap();
+    is_hung_up_on(&mut other);
     let mut front = world.front();
     let mut second = reach(&path).unwrap();
     is_hung_up_on(&mut second);
     world.counts("second-front");
-    // The first one's streams do not end with its link, and it may come back.
-    let mut agent = register(&mut front, 1000);
-    drop(front);
-    let mut front = world.front();
-    agent.send(&Message::Ping { n: 1 }, vec![]).unwrap();
-    assert_eq!(hear(&mut agent), Message::Pong { n: 1 });
     front.send(&Message::Ping { n: 1 }, vec![]).unwrap();
     is_hung_up_on(&mut front);
 }
@@ -183,12 +156,7 @@ fn the_guests_memory_comes_region_by_region() {
         let bytes = || world.daemon.stat()["vports"][0]["machine"]["memory_bytes"].as_u64();
         until("the memory is another", || (bytes() == Some(want)).then_some(()));
     };
-    let memfd = |seals| -> Arc<OwnedFd> {
-        let fd = memfd_create("guest", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
-        ftruncate(&fd, 1 << 20).unwrap();
-        fcntl_add_seals(&fd, seals).unwrap();
-        Arc::new(fd)
-    };
+    let memfd = |seals| Arc::new(memfd(1 << 20, seals));
     let sealed = memfd(SealFlags::SHRINK);
     let region =
         |index, count| Region { index, count, address: u64::from(index) << 32, size: 1 << 20, offset: 0 };
@@ -216,10 +184,11 @@ fn the_guests_memory_comes_region_by_region() {
 #[test]
 fn a_guest_that_is_gone_takes_its_agent_along() {
     let world = World::new();
-    let mut front = world.front();
-    let agent = register(&mut front, 1000);
-    drop(agent);
+    let Guest { mut front, mut agent, mut keeper, ram, .. } = world.guest();
     front.send(&Message::FrontGone {}, vec![]).unwrap();
-    until("the agent stays", || (world.daemon.stat()["vports"][0]["agent"] == false).then_some(()));
-    register(&mut front, 1000);
+    is_hung_up_on(&mut agent);
+    is_hung_up_on(&mut keeper);
+    assert_eq!(world.daemon.stat()["vports"][0]["machine"]["registered"], false);
+    machine::tell_memory(&mut front, 2, &ram);
+    register(&mut front, 1000, 0);
 }

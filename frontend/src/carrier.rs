@@ -8,7 +8,12 @@ use rustix::net::{
 use std::io;
 use std::mem::MaybeUninit;
 use std::path::Path;
+#[cfg(feature = "daemon")]
+pub use stream::Stream;
 use vsocket_channel::message::{MAX_FDS, MESSAGE_LEN, Malformed, Message};
+
+#[cfg(feature = "daemon")]
+mod stream;
 
 /// One end of a control connection. Never blocks.
 #[derive(Debug)]
@@ -56,6 +61,13 @@ impl Carrier {
         Ok(Self(rustix::net::accept_with(listener, flags)?))
     }
 
+    /// Two ends of one connection.
+    pub fn pair() -> io::Result<(Self, Self)> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (a, b) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        Ok((Self(a), Self(b)))
+    }
+
     /// Sends a message and descriptors.
     pub fn send(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
@@ -87,6 +99,18 @@ impl Carrier {
             return Ok(None);
         }
         Ok(Some(Packet { message: Message::decode(&image[..got]), fds }))
+    }
+}
+
+impl From<OwnedFd> for Carrier {
+    fn from(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+}
+
+impl From<Carrier> for OwnedFd {
+    fn from(carrier: Carrier) -> Self {
+        carrier.0
     }
 }
 

@@ -20,7 +20,15 @@ pub mod carrier;
 #[cfg(feature = "daemon")]
 pub mod cli;
 pub mod endpoint;
+#[cfg(feature = "daemon")]
+pub mod host;
+#[cfg(feature = "daemon")]
+pub mod keeper;
 pub mod kernel;
 pub mod memory;
+#[cfg(feature = "daemon")]
+mod post;
 pub mod program;
 pub mod record;
+#[cfg(feature = "daemon")]
+mod signal;

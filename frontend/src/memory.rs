@@ -4,6 +4,7 @@ use crate::record::{RECORDS, RECORDS_HEADER_LEN, Record, RecordsHeader};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::mm::{MapFlags, ProtFlags};
 use std::io;
+use std::sync::Arc;
 use vsocket_channel::Side;
 use vsocket_channel::layout::{Bell, Geometry, LAYOUT_VERSION, SLAB_MAGIC, SegmentHeader, SlabHeader};
 use vsocket_channel::ring::{BadIndex, Bytes, Ring};
@@ -23,12 +24,16 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     fn new(fd: impl AsFd, len: usize) -> io::Result<Self> {
-        let have = rustix::fs::fstat(&fd)?.st_size;
-        if usize::try_from(have).ok() != Some(len) {
+        let stat = rustix::fs::fstat(&fd)?;
+        let have = usize::try_from(stat.st_size).unwrap_or(0);
+        // On huge pages the file, and with it the mapping, ends with a whole one.
+        let block = usize::try_from(stat.st_blksize).unwrap_or(0).max(1);
+        if have != len && have != len.next_multiple_of(block) {
             return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{have} bytes, want {len}")));
         }
+        let len = have;
         // SAFETY: a new shared mapping at an address of the kernel's choice touches no existing memory; the file has
-        // at least `len` bytes, and its maker sealed it against shrinking.
+        // `len` bytes, and its maker sealed it against shrinking.
         let base = unsafe {
             rustix::mm::mmap(
                 std::ptr::null_mut(),
@@ -97,6 +102,44 @@ impl Slab {
     }
 }
 
+/// The far side's doorbells: eventfds of this machine, or, in a virtual machine, streams to its host.
+#[derive(Clone, Debug)]
+pub struct Ringers {
+    fds: Arc<Vec<OwnedFd>>,
+    streams: bool,
+}
+
+impl From<Arc<Vec<OwnedFd>>> for Ringers {
+    fn from(fds: Arc<Vec<OwnedFd>>) -> Self {
+        let is_socket = |fd: &OwnedFd| {
+            let stat = rustix::fs::fstat(fd);
+            stat.is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_socket())
+        };
+        let streams = fds.first().is_some_and(is_socket);
+        Self { fds, streams }
+    }
+}
+
+impl Ringers {
+    /// Rings one. A bell that takes no more has been rung; one whose other end is gone has nobody to wake.
+    pub fn ring(&self, n: usize) {
+        let Some(fd) = self.fds.get(n) else { return };
+        let one = 1u64.to_ne_bytes();
+        if self.streams {
+            // In the application's process: a stream that the host has ended must not kill it with SIGPIPE.
+            let flags = rustix::net::SendFlags::NOSIGNAL | rustix::net::SendFlags::DONTWAIT;
+            let _ = rustix::net::send(fd, &one, flags);
+        } else {
+            let _ = rustix::io::write(fd, &one);
+        }
+    }
+
+    /// The descriptors, as they are passed on.
+    pub fn fds(&self) -> &Arc<Vec<OwnedFd>> {
+        &self.fds
+    }
+}
+
 /// A segment bound to one endpoint for one generation.
 #[derive(Debug)]
 pub struct Bound {
@@ -109,9 +152,9 @@ pub struct Bound {
     /// Which segment of the slab.
     pub index: u32,
     /// The slab.
-    pub slab: std::sync::Arc<Slab>,
+    pub slab: Arc<Slab>,
     /// The far side's doorbells.
-    pub far: std::sync::Arc<Vec<OwnedFd>>,
+    pub far: Ringers,
     tx: Bytes,
     rx: Bytes,
     /// The consumer's index as it was last read: the line it stands in is the consumer's, and reading it costs a transfer
@@ -124,9 +167,10 @@ impl Bound {
     pub fn new(
         generation: u32,
         segment: &vsocket_channel::message::Segment,
-        slab: std::sync::Arc<Slab>,
-        far: std::sync::Arc<Vec<OwnedFd>>,
+        slab: Arc<Slab>,
+        far: impl Into<Ringers>,
     ) -> Option<Self> {
+        let far = far.into();
         let (side, index) = (segment.side, segment.index);
         let (tx, rx) = (slab.bytes(index, side)?, slab.bytes(index, side.other())?);
         let seen_tail = std::sync::atomic::AtomicU64::new(u64::MAX);
@@ -175,9 +219,7 @@ impl Bound {
         }
         for (n, bell) in self.slab.bells(far).iter().enumerate() {
             if mask & (1 << n) != 0 && bell.take() {
-                if let Some(eventfd) = self.far.get(n) {
-                    let _ = rustix::io::write(eventfd, &1u64.to_ne_bytes());
-                }
+                self.far.ring(n);
             }
         }
     }

@@ -1,9 +1,11 @@
 //! The agent as a process, between a backend and programs that this test plays, over real sockets and real TCP.
 #![allow(missing_docs)]
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+mod common;
+
+use common::*;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::io::{Errno, IoSlice, IoSliceMut};
+use rustix::io::Errno;
 use rustix::net::SendFlags;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -16,41 +18,10 @@ use vsocket_channel::Side;
 use vsocket_channel::layout::{BELLS, Geometry, LAYOUT_VERSION, SLAB_MAGIC};
 use vsocket_channel::message::{Lane, MESSAGE_LEN, Message, Segment, Tuple};
 use vsocket_channel::reason::Reason;
-use vsocket_frontend::carrier::{Carrier, Packet};
+use vsocket_frontend::carrier::Carrier;
 use vsocket_frontend::endpoint::Endpoint;
 use vsocket_frontend::memory::{Bound, Records, Slab};
-use vsocket_frontend::record::{Record, status};
-
-const VSOCKET: &str = env!("CARGO_BIN_EXE_vsocket");
-const SOON: Duration = Duration::from_secs(5);
-
-fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let until = Instant::now() + SOON;
-    while !done() {
-        assert!(Instant::now() < until, "in vain for {what}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-fn readable(fd: impl AsFd, within: Duration) -> bool {
-    let limit = Timespec { tv_sec: within.as_secs() as i64, tv_nsec: i64::from(within.subsec_nanos()) };
-    poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&limit)).unwrap() > 0
-}
-
-fn packet(carrier: &Carrier) -> Packet {
-    assert!(readable(carrier, SOON), "no message came");
-    carrier.recv().unwrap().expect("the connection was closed")
-}
-
-fn message(carrier: &Carrier) -> Message {
-    packet(carrier).message.unwrap()
-}
-
-fn nothing(carrier: &Carrier, within: Duration) {
-    if readable(carrier, within) {
-        panic!("{:?}", carrier.recv());
-    }
-}
+use vsocket_frontend::record::status;
 
 /// A directory and the agent that serves in it.
 struct Guest {
@@ -180,63 +151,6 @@ impl HostSlab {
     }
 }
 
-/// A program that was attached.
-struct Program {
-    carrier: Carrier,
-    id: u64,
-    records: Records,
-    watchdog: OwnedFd,
-}
-
-impl Program {
-    fn attach(guest: &Guest, inherit: u64) -> Self {
-        let carrier = Carrier::connect(&guest.socket()).unwrap();
-        carrier.send(&Message::Attach { pid: std::process::id(), inherit }, &[]).unwrap();
-        let mut attached = packet(&carrier);
-        let Ok(Message::Attached { program, .. }) = attached.message else { panic!("{attached:?}") };
-        let watchdog = attached.fds.pop().unwrap();
-        let records = Records::map(attached.fds.pop().unwrap()).unwrap();
-        Self { carrier, id: program, records, watchdog }
-    }
-
-    fn message(&self) -> Message {
-        message(&self.carrier)
-    }
-
-    fn say(&self, message: Message) {
-        self.carrier.send(&message, &[]).unwrap();
-    }
-
-    fn track(&self, socket: &TcpStream, tx: u64, rx: u64, connector: bool) -> Message {
-        let track = Message::Track { handle: 77, tx, rx, connector };
-        self.carrier.send(&track, &[socket.as_fd()]).unwrap();
-        self.message()
-    }
-
-    fn tracked(&self, socket: &TcpStream, tx: u64, rx: u64) -> u32 {
-        match self.track(socket, tx, rx, true) {
-            Message::Tracked { handle: 77, record } => record,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn record(&self, record: u32) -> &Record {
-        self.records.record(record).unwrap()
-    }
-
-    fn nudged(&self, record: u32) {
-        assert_eq!(self.message(), Message::Nudge { record });
-    }
-}
-
-fn tcp_pair() -> (TcpStream, TcpStream) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let a = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let (b, _) = listener.accept().unwrap();
-    b.set_read_timeout(Some(SOON)).unwrap();
-    (a, b)
-}
-
 /// A connection of `program` on a lane, with generation 1, and the peer's end of the same segment.
 struct Stay {
     a: TcpStream,
@@ -303,34 +217,11 @@ impl Stay {
     }
 }
 
-fn send(endpoint: Endpoint<'_>, bytes: &[u8]) {
-    assert_eq!(endpoint.send(&[IoSlice::new(bytes)], SendFlags::empty()), Ok(bytes.len()));
-}
-
-/// Receives until the end of the stream, or until so many bytes are there.
-fn receive(endpoint: Endpoint<'_>, most: usize) -> Result<Vec<u8>, Errno> {
-    let (mut all, until) = (Vec::new(), Instant::now() + SOON);
-    while all.len() < most {
-        let mut piece = vec![0; (most - all.len()).min(4096)];
-        match endpoint.recv(&mut [IoSliceMut::new(&mut piece)], false, true) {
-            Ok(0) => break,
-            Ok(n) => all.extend(&piece[..n]),
-            Err(Errno::AGAIN) if Instant::now() < until => std::thread::sleep(Duration::from_millis(1)),
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(all)
-}
-
-fn pattern(n: usize) -> Vec<u8> {
-    (0..n).map(|i| (i % 251) as u8).collect()
-}
-
 #[test]
 fn a_connection_goes_to_its_lane_and_back_and_is_opened_again() {
     let guest = Guest::new();
     let backend = Backend::serve(&guest, 1);
-    let program = Program::attach(&guest, 0);
+    let program = Program::attach(&guest.socket(), 0);
     let stay = Stay::begin(&program, &backend, Lane::Direct);
     send(stay.near(&program), &pattern(5000));
     assert!(program.record(stay.record).is(status::TX_RING));
@@ -363,7 +254,7 @@ fn a_connection_goes_to_its_lane_and_back_and_is_opened_again() {
 fn a_withdrawn_receiver_is_left_when_the_program_says_so() {
     let guest = Guest::new();
     let backend = Backend::serve(&guest, 1);
-    let program = Program::attach(&guest, 0);
+    let program = Program::attach(&guest.socket(), 0);
     let stay = Stay::begin(&program, &backend, Lane::Direct);
     send(stay.far(), &pattern(300));
     assert_eq!(receive(stay.near(&program), 100).unwrap(), pattern(300)[..100]);
@@ -383,7 +274,7 @@ fn a_withdrawn_receiver_is_left_when_the_program_says_so() {
 fn a_killed_backend_costs_a_fabric_lane_but_no_byte() {
     let guest = Guest::new();
     let mut backend = Backend::serve(&guest, 1);
-    let program = Program::attach(&guest, 0);
+    let program = Program::attach(&guest.socket(), 0);
     let mut stay = Stay::begin(&program, &backend, Lane::Fabric);
     send(stay.near(&program), &pattern(5000));
     backend.process.kill().unwrap();
@@ -403,7 +294,7 @@ fn a_killed_backend_costs_a_fabric_lane_but_no_byte() {
 fn a_direct_lane_goes_on_without_a_backend() {
     let guest = Guest::new();
     let backend = Backend::serve(&guest, 1);
-    let program = Program::attach(&guest, 0);
+    let program = Program::attach(&guest.socket(), 0);
     let stay = Stay::begin(&program, &backend, Lane::Direct);
     send(stay.near(&program), &pattern(10));
     drop(backend);
@@ -422,7 +313,7 @@ fn a_direct_lane_goes_on_without_a_backend() {
 #[test]
 fn what_waits_for_a_backend_is_opened_when_it_comes() {
     let guest = Guest::new();
-    let program = Program::attach(&guest, 0);
+    let program = Program::attach(&guest.socket(), 0);
     let (a, _b) = tcp_pair();
     program.tracked(&a, 0, 0);
     assert_eq!(guest.ask("stat")["declined"]["no-backend"], 1);
@@ -441,7 +332,7 @@ fn what_waits_for_a_backend_is_opened_when_it_comes() {
 fn a_program_that_dies_ends_its_connection_with_every_byte_and_fin() {
     let guest = Guest::new();
     let backend = Backend::serve(&guest, 1);
-    let program = Program::attach(&guest, 0);
+    let program = Program::attach(&guest.socket(), 0);
     let stay = Stay::begin(&program, &backend, Lane::Direct);
     send(stay.near(&program), &pattern(60000));
     let Stay { a, b, peer, far, conn, .. } = stay;
@@ -462,7 +353,7 @@ fn a_program_that_dies_ends_its_connection_with_every_byte_and_fin() {
 fn a_fabric_end_waits_for_the_peer_to_hold_the_bytes() {
     let guest = Guest::new();
     let backend = Backend::serve(&guest, 1);
-    let program = Program::attach(&guest, 0);
+    let program = Program::attach(&guest.socket(), 0);
     let mut stay = Stay::begin(&program, &backend, Lane::Fabric);
     send(stay.near(&program), &pattern(1000));
     program.say(Message::Closed { record: stay.record });
@@ -481,7 +372,7 @@ fn a_fabric_end_waits_for_the_peer_to_hold_the_bytes() {
 fn unread_bytes_at_the_end_are_a_reset() {
     let guest = Guest::new();
     let backend = Backend::serve(&guest, 1);
-    let program = Program::attach(&guest, 0);
+    let program = Program::attach(&guest.socket(), 0);
     let stay = Stay::begin(&program, &backend, Lane::Direct);
     send(stay.far(), b"never read");
     program.say(Message::Closed { record: stay.record });
@@ -495,9 +386,9 @@ fn unread_bytes_at_the_end_are_a_reset() {
 fn a_forked_program_ends_with_its_last_process() {
     let guest = Guest::new();
     let backend = Backend::serve(&guest, 1);
-    let parent = Program::attach(&guest, 0);
+    let parent = Program::attach(&guest.socket(), 0);
     let stay = Stay::begin(&parent, &backend, Lane::Direct);
-    let child = Program::attach(&guest, parent.id);
+    let child = Program::attach(&guest.socket(), parent.id);
     assert_eq!(child.id, parent.id);
     parent.say(Message::Closed { record: stay.record });
     nothing(&backend.carrier, Duration::from_millis(50));
@@ -512,7 +403,7 @@ fn a_forked_program_ends_with_its_last_process() {
 fn a_fork_that_overtakes_its_attach_loses_nothing() {
     let guest = Guest::new();
     let backend = Backend::serve(&guest, 1);
-    let parent = Program::attach(&guest, 0);
+    let parent = Program::attach(&guest.socket(), 0);
     let stay = Stay::begin(&parent, &backend, Lane::Direct);
     // The agent finds all of this at once, the parent's messages first.
     let pid = rustix::process::Pid::from_child(&guest.agent);
@@ -533,7 +424,7 @@ fn a_fork_that_overtakes_its_attach_loses_nothing() {
 #[test]
 fn what_does_not_agree_with_the_kernel_is_declined() {
     let guest = Guest::new();
-    let program = Program::attach(&guest, 0);
+    let program = Program::attach(&guest.socket(), 0);
     let (a, _b) = tcp_pair();
     let declined = |reason| Message::Declined { conn: 77, reason };
     assert_eq!(program.track(&a, 1, 0, true), declined(Reason::Untrackable));
@@ -550,7 +441,7 @@ fn what_does_not_agree_with_the_kernel_is_declined() {
 fn bad_messages_cost_their_sender_only() {
     let guest = Guest::new();
     let _backend = Backend::serve(&guest, 1);
-    let good = Program::attach(&guest, 0);
+    let good = Program::attach(&guest.socket(), 0);
     let mut wrong_kind = Message::Ping { n: 0 }.encode();
     wrong_kind[6] = 99;
     let mut wrong_version = Message::Ping { n: 0 }.encode();
@@ -563,7 +454,7 @@ fn bad_messages_cost_their_sender_only() {
         (Message::Welcome { vni: 1, boot: 1 }.encode().to_vec(), "unexpected-message"),
         (Message::Track { handle: 1, tx: 0, rx: 0, connector: false }.encode().to_vec(), "track-descriptors"),
     ] {
-        let bad = Program::attach(&guest, 0);
+        let bad = Program::attach(&guest.socket(), 0);
         rustix::net::send(&bad.carrier, &bytes, SendFlags::empty()).unwrap();
         assert!(readable(&bad.carrier, SOON));
         assert!(matches!(bad.carrier.recv(), Ok(None) | Err(_)), "{name}");
@@ -591,7 +482,7 @@ fn a_prepare_for_nobody_is_refused() {
 fn a_silent_backend_is_left_until_it_answers() {
     let guest = Guest::new();
     let backend = Backend::serve(&guest, 1);
-    let program = Program::attach(&guest, 0);
+    let program = Program::attach(&guest.socket(), 0);
     let mut stay = Stay::begin(&program, &backend, Lane::Fabric);
     nothing(&backend.carrier, Duration::from_millis(250));
     let began = Instant::now();
@@ -621,7 +512,7 @@ fn a_silent_backend_is_left_until_it_answers() {
 fn an_answering_backend_keeps_its_lane_and_an_idle_agent_sleeps() {
     let guest = Guest::new();
     let backend = Backend::serve(&guest, 1);
-    let program = Program::attach(&guest, 0);
+    let program = Program::attach(&guest.socket(), 0);
     let stay = Stay::begin(&program, &backend, Lane::Fabric);
     send(stay.near(&program), &pattern(700));
     for _ in 0..8 {
@@ -653,12 +544,12 @@ fn an_answering_backend_keeps_its_lane_and_an_idle_agent_sleeps() {
 fn a_stopped_program_does_not_stop_the_agent() {
     let guest = Guest::new();
     let backend = Backend::serve(&guest, 1);
-    let program = Program::attach(&guest, 0);
+    let program = Program::attach(&guest.socket(), 0);
     let stay = Stay::begin(&program, &backend, Lane::Direct);
     send(stay.near(&program), b"x");
     let held = program.record(stay.record).tx.lock().unwrap();
     backend.say(Message::Withdraw { conn: stay.conn, generation: 1, reason: Reason::Drained });
-    let other = Program::attach(&guest, 0);
+    let other = Program::attach(&guest.socket(), 0);
     let (a, _b) = tcp_pair();
     other.tracked(&a, 0, 0);
     assert_eq!(guest.ask("stat")["connections"]["open"], 2);
@@ -673,7 +564,7 @@ fn a_stopped_program_does_not_stop_the_agent() {
 fn sigterm_leaves_the_lanes_and_removes_the_socket() {
     let mut guest = Guest::new();
     let backend = Backend::serve(&guest, 1);
-    let program = Program::attach(&guest, 0);
+    let program = Program::attach(&guest.socket(), 0);
     let stay = Stay::begin(&program, &backend, Lane::Direct);
     send(stay.near(&program), &pattern(4000));
     let pid = rustix::process::Pid::from_child(&guest.agent);

@@ -27,13 +27,15 @@ pub enum Path {
     SameHost,
     /// Guests a and c.
     CrossHost,
+    /// Guests a and b, which share no memory.
+    Relayed,
 }
 
 impl Path {
     /// The guest with the server; the client is in guest a.
     pub fn server(self) -> &'static str {
         match self {
-            Self::SameHost => "b",
+            Self::SameHost | Self::Relayed => "b",
             Self::CrossHost => "c",
         }
     }
@@ -42,7 +44,7 @@ impl Path {
     pub fn lane(self) -> &'static str {
         match self {
             Self::SameHost => "direct",
-            Self::CrossHost => "fabric",
+            Self::CrossHost | Self::Relayed => "fabric",
         }
     }
 }
@@ -114,12 +116,21 @@ pub struct Lab {
 impl Lab {
     /// A lab with its daemons.
     pub fn up(test: &str) -> Self {
+        Self::up_with(test, &[])
+    }
+
+    /// The lab that a path needs.
+    pub fn up_for(test: &str, path: Path) -> Self {
+        Self::up_with(test, if path == Path::Relayed { &["--relay"] } else { &[] })
+    }
+
+    fn up_with(test: &str, options: &[&str]) -> Self {
         let lab = Self::prepare(test);
         for file in ["vsocketd", "vsocket", "libvsocket.so"] {
             let file = lab.bin.join(file);
             assert!(file.exists(), "{} is missing: cargo build --release --workspace", file.display());
         }
-        lab.must(&["up"]);
+        lab.must(&[&["up"], options].concat());
         lab
     }
 

@@ -16,7 +16,7 @@ use vsocket_vxlan::MAX_PAYLOAD;
 
 use super::{CAPTURES, Filter, MAX_QUEUE, MIN_QUEUE, Record, Way};
 use crate::flow::Identity;
-use crate::slab::{Memory, View, bell};
+use crate::slab::{Doorbell, Memory, View};
 
 /// Where a segment's payload is.
 #[derive(Clone, Copy, Debug)]
@@ -47,7 +47,7 @@ pub struct Tap {
     ends: Vec<(IpAddr, IpAddr)>,
     view: View,
     memfd: Arc<OwnedFd>,
-    bell: Arc<OwnedFd>,
+    bell: Doorbell,
     head: u64,
     published: u64,
     segments: u64,
@@ -80,7 +80,7 @@ impl Tap {
             ends,
             view,
             memfd: Arc::new(memfd),
-            bell: bell()?,
+            bell: Doorbell::new()?,
             head: 0,
             published: 0,
             segments: 0,
@@ -92,7 +92,7 @@ impl Tap {
 
     /// What the tool gets beside the answer: the queue's memory and its bell.
     pub fn descriptors(&self) -> Vec<Arc<OwnedFd>> {
-        vec![self.memfd.clone(), self.bell.clone()]
+        vec![self.memfd.clone(), self.bell.fd()]
     }
 
     /// Its counters.
@@ -147,8 +147,7 @@ impl Tap {
         self.ring().publish(self.head);
         publish_fence();
         if self.view.slab().bells[0][0].take() {
-            // A bell that is full has been rung.
-            let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+            self.bell.ring();
         }
     }
 }

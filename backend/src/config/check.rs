@@ -294,6 +294,7 @@ fn vport(raw: &raw::Vport) -> Checked<Vport> {
         socket: socket_path("vport.socket", &raw.socket)?,
         max_connections: max_connections(raw.max_connections.as_ref())?,
         ring_bytes: ring_bytes(raw.ring_bytes.as_ref())?,
+        direct: direct(raw)?,
         machine: machine(raw)?,
     })
 }
@@ -359,6 +360,15 @@ fn ring_bytes(value: Option<&Spanned<i64>>) -> Checked<u32> {
             );
             fault("vport.ring_bytes", value, what)
         }
+    }
+}
+
+fn direct(raw: &raw::Vport) -> Checked<bool> {
+    match &raw.direct {
+        Some(value) if *value.as_ref() && raw.cid.is_some() => {
+            fault("vport.direct", value, "a virtual machine's rings lie in its own memory: it shares none")
+        }
+        value => Ok(value.as_ref().is_none_or(|value| *value.as_ref())),
     }
 }
 

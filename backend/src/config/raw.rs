@@ -88,6 +88,7 @@ pub struct Vport {
     pub socket: Spanned<PathBuf>,
     pub max_connections: Option<Spanned<i64>>,
     pub ring_bytes: Option<Spanned<i64>>,
+    pub direct: Option<Spanned<bool>>,
     pub cid: Option<Spanned<i64>>,
     pub front: Option<Spanned<PathBuf>>,
     pub port: Option<Spanned<i64>>,

@@ -106,6 +106,24 @@ fn a_vport_may_be_a_machines() {
 }
 
 #[test]
+fn a_vport_may_share_no_memory() {
+    let with = |lines: &str| {
+        let text = GOOD.replacen("max_connections = 7", lines, 1);
+        parse(&text).map(|config| config.vports[1].direct).map_err(|error| error.to_string())
+    };
+    assert_eq!((with(""), with("direct = true"), with("direct = false")), (Ok(true), Ok(true), Ok(false)));
+    let machine = "cid = 3\nfront = \"/run/e.qemu\"";
+    let with_machine = |line: &str| with(&format!("{machine}\n{line}"));
+    if cfg!(feature = "vm") {
+        assert_eq!((with_machine(""), with_machine("direct = false")), (Ok(true), Ok(false)));
+        let error = with_machine("direct = true").unwrap_err();
+        assert!(error.contains("h1.toml:31: vport.direct: a virtual machine's"), "{error}");
+    }
+    let error = with("direct = 1").unwrap_err();
+    assert!(error.contains("h1.toml:29: vport.direct: invalid type"), "{error}");
+}
+
+#[test]
 fn a_host_may_stand_alone() {
     let config = parse("host = \"h1\"\ncontrol = \"c\"\n").unwrap();
     assert!(config.backends.is_none() && config.vports.is_empty() && config.directory.is_empty());

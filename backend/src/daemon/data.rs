@@ -15,7 +15,7 @@ use vsocket_vxlan::{Error as VxlanError, PayloadAt, decapsulate};
 
 use self::flows::{Entry, Flows};
 use self::out::Out;
-use self::shelves::Shelves;
+use super::shelves::Shelves;
 use crate::capture::{Payload, Tap, Taps, Way};
 use crate::fabric::{Access, Disconnect, DomainId, Event, Fabric, MemoryKey, QpId, RemoteAddress};
 use crate::flow::{Fault, Flow, Heard, key_of};
@@ -25,7 +25,6 @@ use crate::slab::Slab;
 
 mod flows;
 mod out;
-mod shelves;
 #[cfg(test)]
 mod tests;
 

@@ -2,17 +2,20 @@
 
 #![forbid(unsafe_code)]
 
-use std::os::fd::AsRawFd;
+#[cfg(feature = "vm")]
+use std::sync::Arc;
 
 use mio::Interest;
 use vsocket_channel::Side;
 use vsocket_channel::message::{Lane, Message, Segment};
+use vsocket_channel::reason::Reason;
 
 use super::data::Data;
 use super::{Daemon, Source};
 use crate::carrier::Fds;
-use crate::pairing::{Effect, EndId};
-use crate::slab::{Change, SegmentId};
+use crate::pairing::{Effect, EndId, RelayStart};
+use crate::relay::Relay;
+use crate::slab::{Change, Doorbell, SegmentId};
 
 impl Daemon {
     /// Pairs whom there is to pair, until nothing is left to do.
@@ -36,9 +39,32 @@ impl Daemon {
                         self.vports[vport as usize].traffic.add(traffic);
                     }
                 }
+                Effect::RelayStart(start) => self.start_relay(&start),
+                Effect::RelayStop { relay } => {
+                    for (vport, traffic) in self.relays.remove(relay).into_iter().flatten() {
+                        self.vports[vport as usize].traffic.add(traffic);
+                    }
+                }
             }
         }
         self.slabs_changed();
+        #[cfg(feature = "vm")]
+        {
+            self.answer_quiet();
+            self.return_slabs();
+        }
+    }
+
+    fn start_relay(&mut self, start: &RelayStart) {
+        let RelayStart { relay, vports, generation, segments: [a, b] } = *start;
+        let slab = |id: SegmentId| Some((id.slab, self.pool.slab(id.slab)?));
+        let view = |id| self.pool.view(id);
+        if let (Some(slabs), Some(views)) = (both(slab(a), slab(b)), both(view(a), view(b))) {
+            self.relays.add(relay, vports, Relay::new(generation, views), slabs);
+        } else {
+            // A machine's memory can go at any time.
+            self.pairing.handle_relay_failed(relay, Reason::NoRingMemory);
+        }
     }
 
     fn with_data(&mut self, act: impl FnOnce(&mut Data)) {
@@ -62,9 +88,10 @@ impl Daemon {
         let Some(slab) = self.pool.slab(id.slab) else { return };
         let geometry = slab.memory.geometry();
         let segment = Segment { slab: id.slab, index: id.index, geometry, side, lane };
-        let own = slab.bells[side.index()].iter();
-        let far = slab.bells[side.other().index()].iter();
-        let fds: Fds = std::iter::once(&slab.memfd).chain(own).chain(far).cloned().collect();
+        let bells = [side, side.other()].into_iter().flat_map(|side| &slab.bells[side.index()]);
+        // Of a virtual machine's memory and bells its agent has the descriptors.
+        let beside = |memfd| std::iter::once(memfd).chain(bells.map(Doorbell::fd)).collect();
+        let fds: Fds = slab.memfd.clone().map(beside).unwrap_or_default();
         self.tell(end.vport, &Message::Prepare { conn: end.conn, generation, segment }, fds);
     }
 
@@ -74,19 +101,31 @@ impl Daemon {
         for change in changes {
             match change {
                 Change::Created(number) => {
-                    let slab = self.pool.slab(number).filter(|slab| slab.is_fabric());
-                    let Some(bell) = slab.map(|slab| slab.bells[1][0].as_raw_fd()) else { continue };
+                    let slab = self.pool.slab(number).filter(|slab| slab.is_fabric() && !slab.is_lent());
+                    let Some(bell) = slab.map(|slab| slab.bells[1][0].raw_fd()) else { continue };
                     if let Err(error) = self.watch(bell, Source::Bell(number), Interest::READABLE) {
                         tracing::warn!(%error, "cannot watch a bell");
                     }
                 }
+                #[cfg(feature = "vm")]
+                Change::Wanted(vport, number) => self.want_slab(vport, number),
+                #[cfg(not(feature = "vm"))]
+                Change::Wanted(..) => {}
                 Change::Gone(number, slab) => {
-                    if slab.is_fabric() {
-                        self.unwatch(slab.bells[1][0].as_raw_fd());
-                        self.with_data(|data| data.forget_slab(number));
+                    if slab.is_fabric() && !slab.is_lent() {
+                        self.unwatch(slab.bells[1][0].raw_fd());
+                    }
+                    self.with_data(|data| data.forget_slab(number));
+                    #[cfg(feature = "vm")]
+                    if slab.is_lent() {
+                        self.lingering.push((slab.vport(), number, Arc::downgrade(&slab.memory)));
                     }
                 }
             }
         }
     }
+}
+
+fn both<T>(a: Option<T>, b: Option<T>) -> Option<[T; 2]> {
+    Some([a?, b?])
 }

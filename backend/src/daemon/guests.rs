@@ -4,7 +4,6 @@
 
 use mio::Interest;
 use vsocket_channel::message::Message;
-use vsocket_channel::reason::Reason;
 
 use super::{Daemon, Source};
 use crate::carrier::{Carrier, Fds, Gone};
@@ -76,12 +75,6 @@ impl Daemon {
                 let welcome = Message::Welcome { vni, boot: self.boot };
                 return self.vports[vport as usize].tell(&welcome, beside);
             }
-            // Its rings would lie in its own memory, and it has not said where.
-            Message::Open { conn, .. } if !agent.carrier.passes_descriptors() => {
-                let reason = Reason::NoRingMemory;
-                self.metrics.declined(reason);
-                return self.vports[vport as usize].tell(&Message::Declined { conn, reason }, vec![]);
-            }
             Message::Open { conn, program, tuple, min_generation } => {
                 self.pairing.handle_open(end(conn), program, tuple, min_generation);
             }
@@ -114,5 +107,7 @@ impl Daemon {
         tracing::info!(vport, pid = agent.pid, reason = %gone, "agent detached");
         self.pairing.handle_detached(vport);
         self.pool.retire(vport);
+        #[cfg(feature = "vm")]
+        self.end_programs(vport);
     }
 }

@@ -15,11 +15,11 @@ use crate::machine::{Front, Machine};
 const BUDGET: usize = 64;
 
 impl Daemon {
-    fn machine(&mut self, vport: u32) -> Option<&mut Machine> {
+    pub(super) fn machine(&mut self, vport: u32) -> Option<&mut Machine> {
         self.vports[vport as usize].machine.as_mut()
     }
 
-    fn front(&mut self, vport: u32) -> Option<&mut Front> {
+    pub(super) fn front(&mut self, vport: u32) -> Option<&mut Front> {
         self.machine(vport)?.front.as_mut()
     }
 
@@ -77,6 +77,10 @@ impl Daemon {
                 return self.welcome_front(vport, pid);
             }
             Message::FrontRegion { table, region } if known => {
+                if machine.keeper.is_some() {
+                    self.end_registration(vport, "the guest's memory is another");
+                }
+                let Some(machine) = self.machine(vport) else { return Ok(()) };
                 if let Err(name) = machine.take_region(table, region, fd) {
                     tracing::warn!(
                         vport,
@@ -93,21 +97,52 @@ impl Daemon {
                     self.metrics.drops.count("caller-port");
                 }
             }
-            Message::FrontReset {} if known => machine.handle_reset(),
-            // There are no rings in the guest's memory yet, so nobody touches it.
-            Message::FrontPaused {} if known => {
-                machine.paused = true;
-                let Some(front) = self.front(vport) else { return Ok(()) };
-                return front.carrier.send(&Message::FrontQuiet {}, vec![]);
+            Message::FrontToken { token } if known && token != 0 => machine.token = Some(token),
+            Message::FrontReset {} if known => {
+                machine.handle_reset();
+                self.end_registration(vport, "the guest has booted");
+                self.pairing.handle_pause(vport, false);
             }
-            Message::FrontResumed {} if known => machine.paused = false,
-            Message::FrontGone {} if known => machine.handle_gone(),
+            Message::FrontPaused {} if known => {
+                (machine.paused, machine.quiet_due) = (true, true);
+                self.quieting.push(vport);
+                self.pairing.handle_pause(vport, true);
+            }
+            Message::FrontResumed {} if known => {
+                (machine.paused, machine.quiet_due) = (false, false);
+                self.pairing.handle_pause(vport, false);
+                self.take_slabs(vport, None);
+            }
+            Message::FrontGone {} if known => {
+                machine.handle_gone();
+                self.end_registration(vport, "the guest is gone");
+                self.pairing.handle_pause(vport, false);
+            }
             _ => {
                 self.metrics.drops.count("message-unexpected");
                 return Err(Gone::Malformed(Malformed::Kind(0)));
             }
         }
         Ok(())
+    }
+
+    /// Answers the fronts of guests that stand still, once nothing of their memory is touched.
+    pub(super) fn answer_quiet(&mut self) {
+        for vport in std::mem::take(&mut self.quieting) {
+            if self.machine(vport).is_none_or(|machine| !machine.quiet_due) {
+                continue;
+            }
+            if !self.pairing.is_quiet(vport) {
+                self.quieting.push(vport);
+                continue;
+            }
+            let Some(machine) = self.machine(vport) else { continue };
+            machine.quiet_due = false;
+            let Some(front) = &mut machine.front else { continue };
+            if let Err(gone) = front.carrier.send(&Message::FrontQuiet {}, vec![]) {
+                self.detach_front(vport, &gone);
+            }
+        }
     }
 
     fn welcome_front(&mut self, vport: u32, pid: u32) -> Result<(), Gone> {
@@ -118,13 +153,15 @@ impl Daemon {
         front.carrier.send(&welcome, vec![pidfd])
     }
 
-    /// Its streams, if it is not dead, are still there; the memory, and whether the guest stands
-    /// still, it will tell again.
-    fn detach_front(&mut self, vport: u32, gone: &Gone) {
+    /// Its streams, if it is not dead, are still there; the memory, the token, and whether the guest stands still, it will
+    /// tell again.
+    pub(super) fn detach_front(&mut self, vport: u32, gone: &Gone) {
         let Some(machine) = self.machine(vport) else { return };
         let Some(front) = machine.front.take() else { return };
-        (machine.memory, machine.paused) = (None, false);
+        machine.handle_gone();
         self.unwatch(front.carrier.raw_fd());
+        self.end_registration(vport, "the front is gone");
+        self.pairing.handle_pause(vport, false);
         if let Some(name) = gone.name() {
             self.metrics.drops.count(name);
         }
@@ -157,31 +194,17 @@ impl Daemon {
         let Some(caller) = self.machine(vport).and_then(|machine| machine.take_caller(slot)) else { return };
         self.unwatch(caller.carrier.raw_fd());
         let refusal = match received {
-            Ok(Some(hello @ Message::Hello { .. })) if caller.privileged => {
-                return self.register(vport, caller.carrier, hello);
+            Ok(Some(Message::Register { token, pid })) => {
+                return self.register(vport, caller, token, pid);
             }
-            Ok(Some(Message::Hello { .. })) => Some("agent-unprivileged"),
+            Ok(Some(Message::Present { token, program, bell })) => {
+                return self.present(vport, caller, token, program, bell);
+            }
             Ok(_) => Some("message-unexpected"),
             Err(gone) => gone.name(),
         };
         if let Some(name) = refusal {
             self.metrics.drops.count(name);
         }
-    }
-
-    /// This boot's agent, if there has not been one.
-    fn register(&mut self, vport: u32, carrier: Carrier, hello: Message) {
-        self.agent_ready(vport);
-        let Some(machine) = self.machine(vport) else { return };
-        if std::mem::replace(&mut machine.registered, true) || self.vports[vport as usize].agent.is_some() {
-            return self.metrics.drops.count("second-agent");
-        }
-        let most = self.vports[vport as usize].config.max_connections;
-        self.attach(vport, carrier.for_connections(most));
-        if let Err(gone) = self.agent_says(vport, hello) {
-            self.detach(vport, &gone);
-        }
-        // More may have come already.
-        self.agent_ready(vport);
     }
 }

@@ -90,6 +90,8 @@ pub struct Link {
     missed: bool,
     /// The guest stands still.
     paused: bool,
+    /// What a daemon has given us to keep for this boot of the guest.
+    token: Option<u128>,
 }
 
 impl Link {
@@ -106,6 +108,7 @@ impl Link {
             tables: 0,
             missed: false,
             paused: false,
+            token: None,
         }
     }
 
@@ -165,6 +168,10 @@ impl Link {
                 self.missed = false;
                 Some(News::Arrived)
             }
+            Ok(Some((Message::FrontToken { token }, _))) if self.welcomed => {
+                self.token = Some(token);
+                self.handle_ready(now)
+            }
             // To one who did not wait for it any more.
             Ok(Some((Message::FrontQuiet {}, _))) if self.welcomed => self.handle_ready(now),
             Ok(Some((message, _))) => {
@@ -220,6 +227,10 @@ impl Link {
         while let (Some(carrier), Some(known)) = (&mut self.carrier, &self.known) {
             let gone = match carrier.flush().and_then(|()| carrier.receive_with()) {
                 Ok(Some((Message::FrontQuiet {}, _))) => return,
+                Ok(Some((Message::FrontToken { token }, _))) => {
+                    self.token = Some(token);
+                    continue;
+                }
                 Ok(Some(_)) => continue,
                 Ok(None) => false,
                 Err(_) => true,
@@ -257,20 +268,24 @@ impl Link {
 
     /// The guest has rebooted.
     pub fn tell_reset(&mut self) {
-        self.paused = false;
+        (self.paused, self.token) = (false, None);
         self.missed |= !self.tell(&Message::FrontReset {}, None);
     }
 
     /// The guest is gone.
     pub fn tell_gone(&mut self) {
-        self.paused = false;
+        (self.paused, self.token) = (false, None);
         self.missed |= !self.tell(&Message::FrontGone {}, None);
     }
 
-    /// What happened while the daemon was not there: of a guest that went and came back, the later boot counts.
+    /// What happened while the daemon was not there, and what one before it has given us to keep. Of a guest that went and
+    /// came back, the later boot counts.
     pub fn tell_what_was_missed(&mut self) {
         if std::mem::take(&mut self.missed) {
             self.missed = !self.tell(&Message::FrontGone {}, None);
+        }
+        if let Some(token) = self.token {
+            self.tell(&Message::FrontToken { token }, None);
         }
         if self.paused {
             self.tell(&Message::FrontPaused {}, None);

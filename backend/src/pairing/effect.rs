@@ -35,6 +35,19 @@ pub struct FlowStart {
     pub rx: Option<RegionRef>,
 }
 
+/// A relay that is to carry a stay between two guests of this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RelayStart {
+    /// Our number for it.
+    pub relay: u64,
+    /// The guests.
+    pub vports: [u32; 2],
+    /// The generation.
+    pub generation: u32,
+    /// The memory of each.
+    pub segments: [SegmentId; 2],
+}
+
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
@@ -97,5 +110,12 @@ pub enum Effect {
     FlowDrop {
         /// Which.
         flow: u64,
+    },
+    /// Make a relay. Its guests are told to commit after this.
+    RelayStart(RelayStart),
+    /// Touch the memory of a relay's guests no more, and forget it.
+    RelayStop {
+        /// Which.
+        relay: u64,
     },
 }

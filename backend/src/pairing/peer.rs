@@ -194,8 +194,8 @@ impl Pairing {
         if state != EndState::Open {
             return Err(Reason::PeerNotOpen);
         }
-        if self.vports[id.vport as usize].drained {
-            return Err(Reason::Drained);
+        if let Some(reason) = self.vports[id.vport as usize].barred() {
+            return Err(reason);
         }
         if leads(tuple) || generation == u32::MAX || Geometry::new(1, rx.len).is_none() {
             return Err(Reason::Violation);

@@ -6,7 +6,7 @@ use vsocket_channel::Side;
 use vsocket_channel::message::{Lane, Message};
 use vsocket_channel::reason::Reason;
 
-use super::{Effect, End, EndId, EndState, FlowUse, Pairing, RemoteOffer};
+use super::{Effect, End, EndId, EndState, FlowUse, Pairing, RelayStart, RemoteOffer};
 use crate::peer::message::{PeerMessage, RegionRef};
 use crate::slab::SegmentId;
 
@@ -73,10 +73,31 @@ impl Party {
     }
 }
 
+/// What carries a stay's bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Kind {
+    Direct,
+    Fabric,
+    Relay,
+}
+
+impl Kind {
+    /// Its name, for the operator.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Direct => Lane::Direct.name(),
+            Self::Fabric => Lane::Fabric.name(),
+            Self::Relay => "relay",
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Stay {
     pub generation: u32,
     pub segment: SegmentId,
+    /// The second party's, if each has its own: then a relay joins them.
+    second: Option<SegmentId>,
     /// Side 0 and side 1. A host is side 1.
     pub parties: [Party; 2],
     pub committed: bool,
@@ -88,11 +109,49 @@ pub(super) struct Stay {
 
 impl Stay {
     pub fn new(generation: u32, segment: SegmentId, parties: [Party; 2]) -> Self {
-        Self { generation, segment, parties, committed: false, ending: false, again: false }
+        Self { generation, segment, second: None, parties, committed: false, ending: false, again: false }
     }
 
+    pub fn relayed(generation: u32, [first, second]: [SegmentId; 2], parties: [Party; 2]) -> Self {
+        Self { second: Some(second), ..Self::new(generation, first, parties) }
+    }
+
+    pub fn kind(&self) -> Kind {
+        match self.parties[1] {
+            Party::Host(_) => Kind::Fabric,
+            Party::Guest(_) if self.second.is_some() => Kind::Relay,
+            Party::Guest(_) => Kind::Direct,
+        }
+    }
+
+    /// The lane, as its guests see it.
     pub fn lane(&self) -> Lane {
-        if matches!(self.parties[1], Party::Host(_)) { Lane::Fabric } else { Lane::Direct }
+        if self.kind() == Kind::Direct { Lane::Direct } else { Lane::Fabric }
+    }
+
+    /// The segment of the party at this place, and its side of it.
+    fn place(&self, at: usize) -> (SegmentId, Side) {
+        match (at, self.second) {
+            (0, _) => (self.segment, Side::Zero),
+            (_, Some(second)) => (second, Side::Zero),
+            (_, None) => (self.segment, Side::One),
+        }
+    }
+
+    /// Its memory, and whether it may be used again: not if someone who maps it is gone without a word.
+    fn memory(&self) -> impl Iterator<Item = (SegmentId, bool)> {
+        let kept = self.parties.map(|p| !matches!(p, Party::Guest(guest) if guest.phase == GuestPhase::Lost));
+        let first = (self.segment, kept[0] && (kept[1] || self.second.is_some()));
+        std::iter::once(first).chain(self.second.map(|second| (second, kept[1])))
+    }
+
+    /// The relay to start, if it is to have one.
+    fn relay(&self, id: u64) -> Option<RelayStart> {
+        let ([Party::Guest(a), Party::Guest(b)], Some(second)) = (self.parties, self.second) else {
+            return None;
+        };
+        let (vports, segments) = ([a.end.vport, b.end.vport], [self.segment, second]);
+        Some(RelayStart { relay: id, vports, generation: self.generation, segments })
     }
 
     pub fn host(&mut self) -> Option<&mut Host> {
@@ -100,6 +159,13 @@ impl Stay {
             Party::Host(host) => Some(host),
             Party::Guest(_) => None,
         }
+    }
+
+    /// Whether another host may write to this vport's memory.
+    pub fn is_written_to(&self, vport: u32) -> bool {
+        let [Party::Guest(guest), Party::Host(host)] = self.parties else { return false };
+        let writes = matches!(host.phase, HostPhase::Asked | HostPhase::Ready | HostPhase::Withdrawn);
+        writes && guest.end.vport == vport
     }
 
     fn ready(&self) -> bool {
@@ -122,9 +188,10 @@ impl Pairing {
     /// Asks the guests of a new stay to prepare.
     pub(super) fn begin(&mut self, mut stay: Stay) {
         self.last_stay += 1;
-        let (generation, segment, lane) = (stay.generation, stay.segment, stay.lane());
-        for (at, side) in [Side::Zero, Side::One].into_iter().enumerate() {
+        let (generation, lane) = (stay.generation, stay.lane());
+        for at in 0..stay.parties.len() {
             let Party::Guest(Guest { end: id, .. }) = stay.parties[at] else { continue };
+            let (segment, side) = stay.place(at);
             self.parties.insert((id, generation), (self.last_stay, at));
             if let Some(end) = self.ends.get_mut(&id) {
                 end.state = EndState::Staying(self.last_stay);
@@ -142,7 +209,7 @@ impl Pairing {
     /// Does what has become possible after a party has prepared.
     pub(super) fn advance(&mut self, id: u64) {
         let Some(stay) = self.stays.get_mut(&id).filter(|s| !s.ending) else { return };
-        if stay.lane() == Lane::Fabric {
+        if stay.kind() == Kind::Fabric {
             return self.advance_fabric(id);
         }
         if stay.ready() {
@@ -156,8 +223,10 @@ impl Pairing {
             return;
         };
         stay.committed = true;
-        let generation = stay.generation;
-        for party in stay.parties {
+        let (generation, parties) = (stay.generation, stay.parties);
+        // Before a guest may begin.
+        self.effects.extend(stay.relay(id).map(Effect::RelayStart));
+        for party in parties {
             let Party::Guest(Guest { end: id, .. }) = party else { continue };
             if let Some(end) = self.ends.get_mut(&id) {
                 end.tries = 0;
@@ -213,6 +282,9 @@ impl Pairing {
         let Some(stay) = self.stays.get_mut(&id).filter(|s| !s.ending) else { return };
         stay.ending = true;
         let generation = stay.generation;
+        if stay.committed && stay.kind() == Kind::Relay {
+            self.effects.push_back(Effect::RelayStop { relay: id });
+        }
         for at in 0..stay.parties.len() {
             if at == by {
                 continue;
@@ -279,8 +351,6 @@ impl Pairing {
             }
             self.effects.push_back(Effect::FlowDrop { flow });
         }
-        let lost = |p: &Party| matches!(p, Party::Guest(guest) if guest.phase == GuestPhase::Lost);
-        let reuse = !stay.parties.iter().any(lost);
-        self.effects.push_back(Effect::Release { segment: stay.segment, reuse });
+        self.effects.extend(stay.memory().map(|(segment, reuse)| Effect::Release { segment, reuse }));
     }
 }

@@ -1,9 +1,10 @@
-//! Pairing on one host, and the tools for both test files.
+//! Pairing on one host over shared memory, and the tools for the other test files.
 
 use std::collections::{HashMap, HashSet};
 
 use super::*;
-use crate::slab::SegmentId;
+use crate::relay::RELAY;
+use crate::slab::{SegmentId, SlabKey, Taken};
 
 pub const A: EndId = EndId { vport: 0, conn: 1 };
 pub const B: EndId = EndId { vport: 1, conn: 2 };
@@ -21,7 +22,7 @@ pub fn a_to_b() -> Tuple {
 pub struct Segs {
     pub out: HashSet<SegmentId>,
     free: HashMap<SlabKey, Vec<SegmentId>>,
-    keys: HashMap<SegmentId, SlabKey>,
+    pub keys: HashMap<SegmentId, SlabKey>,
     last: u64,
     pub empty: bool,
     /// Segments that are there; what is above is still to come.
@@ -61,25 +62,39 @@ impl Segs {
 
 pub fn facts(vni: u32, address: &str, max_connections: u32) -> VportFacts {
     let addresses = vec![address.parse().unwrap()];
-    VportFacts { vni, addresses, mac: Mac([2, 0, 0, 0, 0, 1]), max_connections, ring_len: 4096 }
+    VportFacts {
+        vni,
+        addresses,
+        mac: Mac([2, 0, 0, 0, 0, 1]),
+        max_connections,
+        ring_len: 4096,
+        relayed: false,
+    }
 }
 
-struct One {
-    pairing: Pairing,
-    segs: Segs,
-    now: Instant,
+pub struct One {
+    pub pairing: Pairing,
+    pub segs: Segs,
+    pub now: Instant,
 }
 
 impl One {
     fn new() -> Self {
+        Self::with([false; 3])
+    }
+
+    /// Three guests, of which some share no memory.
+    pub fn with(relayed: [bool; 3]) -> Self {
         let vports =
-            vec![facts(100, "198.51.100.1", 3), facts(100, "198.51.100.2", 3), facts(200, "198.51.100.2", 3)];
+            [facts(100, "198.51.100.1", 3), facts(100, "198.51.100.2", 3), facts(200, "198.51.100.2", 3)];
+        let vports = vports.into_iter().zip(relayed);
+        let vports = vports.map(|(facts, relayed)| VportFacts { relayed, ..facts }).collect();
         let pairing = Pairing::new(vports, Directory::default(), &[]);
         Self { pairing, segs: Segs::default(), now: Instant::now() }
     }
 
     /// Everything there is to do, as text that tests compare.
-    fn done(&mut self) -> Vec<String> {
+    pub fn done(&mut self) -> Vec<String> {
         let mut out = vec![];
         while let Some(effect) = self.pairing.poll(&mut self.segs) {
             out.push(match effect {
@@ -94,25 +109,35 @@ impl One {
                     other => panic!("{other:?}"),
                 },
                 Effect::Prepare { end, generation, side, lane, .. } => {
-                    assert_eq!(lane, Lane::Direct);
-                    format!("{}/{} prepare {generation} side {}", end.vport, end.conn, side.index())
+                    let carried = if lane == Lane::Fabric { ", carried" } else { "" };
+                    format!("{}/{} prepare {generation} side {}{carried}", end.vport, end.conn, side.index())
                 }
                 Effect::Release { segment, reuse } => {
                     self.segs.give_back(segment, reuse);
-                    format!("release {}", if reuse { "to reuse" } else { "lost" })
+                    let whose = match self.segs.keys[&segment] {
+                        SlabKey::Fabric((vport, _), _) => format!(" of {vport}"),
+                        SlabKey::Direct(..) => String::new(),
+                    };
+                    format!("release{whose} {}", if reuse { "to reuse" } else { "lost" })
                 }
+                Effect::RelayStart(RelayStart { vports: [a, b], generation, segments, .. }) => {
+                    let keys = segments.map(|segment| self.segs.keys[&segment]);
+                    assert_eq!(keys, [a, b].map(|vport| SlabKey::Fabric((vport, 1), RELAY)));
+                    format!("relay {a} {b} generation {generation}")
+                }
+                Effect::RelayStop { .. } => "relay ends".to_owned(),
                 other => panic!("{other:?}"),
             });
         }
         out
     }
 
-    fn open(&mut self, id: EndId, tuple: Tuple, min: u32) -> Vec<String> {
+    pub fn open(&mut self, id: EndId, tuple: Tuple, min: u32) -> Vec<String> {
         self.pairing.handle_open(id, 1, tuple, min);
         self.done()
     }
 
-    fn open_both(&mut self, min: u32) {
+    pub fn open_both(&mut self, min: u32) {
         self.open(A, a_to_b(), min);
         self.open(B, a_to_b().mirrored(), min);
     }
@@ -126,7 +151,7 @@ impl One {
         generation
     }
 
-    fn left(&mut self, id: EndId, generation: u32) -> Vec<String> {
+    pub fn left(&mut self, id: EndId, generation: u32) -> Vec<String> {
         self.pairing.handle_left(id, generation);
         self.done()
     }
@@ -144,7 +169,7 @@ fn both_orders_of_opening_pair_with_the_larger_generation() {
         assert!(one.done().is_empty());
         one.pairing.handle_prepared(first, 9);
         assert_eq!(one.done(), ["0/1 commit 9", "1/2 commit 9"]);
-        assert_eq!(one.pairing.lanes(), (1, 0));
+        assert_eq!(one.pairing.lanes().direct, 1);
     }
 }
 
@@ -266,7 +291,7 @@ fn messages_of_another_generation_or_state_change_nothing() {
     one.pairing.handle_refused(B, g + 5, Reason::Busy, one.now);
     one.pairing.handle_close(EndId { vport: 9, conn: 9 });
     assert!(one.done().is_empty());
-    assert_eq!(one.pairing.lanes(), (1, 0));
+    assert_eq!(one.pairing.lanes().direct, 1);
     one.pairing.handle_left(A, g);
     one.pairing.handle_left(A, g);
     one.pairing.handle_prepared(B, g);
@@ -301,7 +326,7 @@ fn direct_lanes_outlive_an_orderly_end() {
     one.committed();
     one.pairing.handle_stop(Reason::BackendGone);
     assert!(one.done().is_empty());
-    assert_eq!(one.pairing.fabric_stays(), 0);
+    assert_eq!(one.pairing.carried_stays(), 0);
 }
 
 #[test]

@@ -59,6 +59,7 @@ pub fn vport(dir: &Dir, name: &str, vni: u32, address: &str) -> Vport {
         socket: dir.0.join(name),
         max_connections: 4,
         ring_bytes: RING,
+        direct: true,
         machine: None,
     }
 }
@@ -398,10 +399,21 @@ pub fn two_hosts(dir: &Dir) -> (Running, Running, Switch) {
 
 /// The same with rings of this length and these fabrics.
 pub fn two_hosts_with(dir: &Dir, ring: u32, fabrics: [Box<dyn Fabric>; 2]) -> (Running, Running, Switch) {
-    let mut configs = [
-        config(dir, "h1", vec![vport(dir, "a", 100, "198.51.100.1"), vport(dir, "e", 200, "198.51.100.3")]),
-        config(dir, "h2", vec![vport(dir, "c", 100, "198.51.100.3"), vport(dir, "d", 200, "198.51.100.1")]),
+    let vports = [
+        vec![vport(dir, "a", 100, "198.51.100.1"), vport(dir, "e", 200, "198.51.100.3")],
+        vec![vport(dir, "c", 100, "198.51.100.3"), vport(dir, "d", 200, "198.51.100.1")],
     ];
+    two_hosts_of(dir, ring, fabrics, vports)
+}
+
+/// The same with these guests.
+pub fn two_hosts_of(
+    dir: &Dir,
+    ring: u32,
+    fabrics: [Box<dyn Fabric>; 2],
+    [one, two]: [Vec<Vport>; 2],
+) -> (Running, Running, Switch) {
+    let mut configs = [config(dir, "h1", one), config(dir, "h2", two)];
     configs.iter_mut().flat_map(|c| &mut c.vports).for_each(|vport| vport.ring_bytes = ring);
     let far = [configs[1].vports.clone(), configs[0].vports.clone()];
     for (n, (config, far)) in configs.iter_mut().zip(&far).enumerate() {

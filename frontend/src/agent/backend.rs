@@ -2,11 +2,11 @@
 
 use super::course::Stage;
 use super::liveness::Task;
-use super::post::{Parcel, Post};
-use super::registry::MappedSlab;
-use super::{Agent, Kind, Timer};
+use super::registry::{Conn, MappedSlab};
+use super::{Agent, Kind, Timer, Way};
 use crate::carrier::{Carrier, Packet};
-use crate::memory::{Bound, Slab};
+use crate::memory::{Bound, Ringers, Slab};
+use crate::post::{Parcel, Post};
 use mio::Interest;
 use rustix::fd::{AsFd, OwnedFd};
 use std::collections::HashMap;
@@ -38,6 +38,11 @@ pub struct Link {
 }
 
 impl Link {
+    /// The boot of the backend that said welcome last.
+    pub fn boot(&self) -> u64 {
+        self.boot
+    }
+
     /// Whether a backend has said welcome.
     pub fn connected(&self) -> bool {
         self.welcomed
@@ -69,19 +74,34 @@ impl Agent {
         if self.link.post.is_some() || self.stopping.is_some() {
             return;
         }
-        let connected = Carrier::connect(&self.options.vport).and_then(|carrier| {
-            self.add(&carrier, Kind::Backend, 0, Interest::READABLE | Interest::WRITABLE)?;
-            Ok(carrier)
+        let token = self.machine.as_ref().map(|machine| machine.token);
+        if token == Some(None) {
+            // The keeper says when it has one.
+            return;
+        }
+        let connected = self.open_link().and_then(|post| {
+            self.add(&post, Kind::Backend, 0, Interest::READABLE | Interest::WRITABLE)?;
+            Ok(post)
         });
         match connected {
-            Ok(carrier) => {
-                self.link.post = Some(Post::new(carrier));
+            Ok(post) => {
+                self.link.post = Some(post);
+                if let Some(token) = token.flatten() {
+                    self.tell_backend(Message::Present { token, program: 0, bell: 0 });
+                }
                 self.tell_backend(Message::Hello { pid: std::process::id() });
             }
             Err(error) => {
-                debug!(%error, vport = %self.options.vport.display(), "no backend");
+                debug!(%error, backend = %self.options.way, "no backend");
                 self.timers.at(self.now + RETRY, Timer::Connect);
             }
+        }
+    }
+
+    fn open_link(&self) -> io::Result<Post> {
+        match &self.options.way {
+            Way::Vport(path) => Carrier::connect(path).map(Post::new),
+            Way::Machine { host, .. } => host.connect(false).map(Post::over),
         }
     }
 
@@ -95,7 +115,7 @@ impl Agent {
                 return self.lose_backend(RETRY);
             }
         }
-        while let Some(post) = &self.link.post {
+        while let Some(post) = &mut self.link.post {
             match post.recv() {
                 Ok(Some(packet)) => self.handle_packet(packet),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
@@ -107,7 +127,7 @@ impl Agent {
 
     /// The backend is gone, or has closed the connection: what needs it is left. Its ring memory is not used again by
     /// anybody, so it makes no difference if its process is still ending.
-    fn lose_backend(&mut self, retry: Duration) {
+    pub(super) fn lose_backend(&mut self, retry: Duration) {
         let Some(post) = self.link.post.take() else { return };
         self.remove_source(&post);
         if let Some(pidfd) = self.link.pidfd.take() {
@@ -120,13 +140,19 @@ impl Agent {
         warn!("the backend is gone");
         self.liveness.reset(self.now);
         self.leave_what_needs_the_backend(false);
+        self.lose_all_bells();
     }
 
     fn leave_what_needs_the_backend(&mut self, reachable: bool) {
         let ids: Vec<u64> = self.registry.conns.keys().copied().collect();
         for id in ids {
-            let now = self.now;
-            let act = self.registry.conns.get_mut(&id).and_then(|c| c.course.handle_lost(reachable, now));
+            // In a virtual machine no lane goes on without a host: it is what rings.
+            let (now, all) = (self.now, !reachable && self.machine.is_some());
+            let act = self.registry.conns.get_mut(&id).and_then(|c| {
+                let act = c.course.handle_lost(reachable, now);
+                let leave = |c: &mut Conn| c.course.handle_withdraw(None, Reason::BackendGone, now);
+                act.or_else(|| all.then(|| leave(c)).flatten())
+            });
             if let Some(act) = act {
                 self.act(id, act);
             }
@@ -190,6 +216,7 @@ impl Agent {
                     self.follow_all();
                 }
             }
+            Message::BellFull { program, bell } => self.handle_bell_full(program, bell),
             _ => self.registry.totals.drop("unexpected-from-backend"),
         }
     }
@@ -197,12 +224,14 @@ impl Agent {
     fn welcome(&mut self, vni: u32, boot: u64, mut fds: Vec<OwnedFd>) {
         let watched = match fds.pop() {
             Some(pidfd) if fds.is_empty() => {
-                self.add(&pidfd, Kind::Pidfd, 0, Interest::READABLE).map(|()| pidfd)
+                self.add(&pidfd, Kind::Pidfd, 0, Interest::READABLE).map(|()| Some(pidfd))
             }
+            // A host's processes are none of a guest's; the stream ends with them.
+            None if self.machine.is_some() => Ok(None),
             _ => Err(io::Error::new(io::ErrorKind::InvalidData, "no pidfd beside the welcome")),
         };
         match watched {
-            Ok(pidfd) => self.link.pidfd = Some(pidfd),
+            Ok(pidfd) => self.link.pidfd = pidfd,
             Err(error) => {
                 warn!(%error, "the backend's welcome");
                 return self.lose_backend(RETRY_FAULTY);
@@ -214,7 +243,7 @@ impl Agent {
         self.follow_all();
     }
 
-    fn withdraw(&mut self, conn: u64, generation: Option<u32>, reason: Reason) {
+    pub(super) fn withdraw(&mut self, conn: u64, generation: Option<u32>, reason: Reason) {
         let now = self.now;
         let of = self.registry.conns.get_mut(&conn);
         if let Some(act) = of.and_then(|c| c.course.handle_withdraw(generation, reason, now)) {
@@ -230,14 +259,19 @@ impl Agent {
         fds: Vec<OwnedFd>,
     ) -> Result<(), Reason> {
         let session = self.link_session();
-        let conn = self.registry.conns.get_mut(&id).filter(|c| c.ending.is_none());
-        let conn = conn.ok_or(Reason::Ending)?;
-        let program = self.registry.programs.get_mut(&conn.program).ok_or(Reason::Ending)?;
+        let conn = self.registry.conns.get(&id).filter(|c| c.ending.is_none());
+        let program = conn.ok_or(Reason::Ending)?.program;
+        let slab = if self.machine.is_some() {
+            self.slab_of_machine(program, segment)?
+        } else {
+            let owner = self.registry.programs.get_mut(&program).ok_or(Reason::Ending)?;
+            mapped(&mut owner.slabs, self.link.boot, segment, fds)?.clone()
+        };
+        let conn = self.registry.conns.get_mut(&id).ok_or(Reason::Ending)?;
         let holder = conn.holders.first().copied().ok_or(Reason::Ending)?;
-        let slab = mapped(&mut program.slabs, self.link.boot, segment, fds)?;
-        let bound = Bound::new(generation, segment, slab.slab.clone(), slab.far.clone());
+        let bound = Bound::new(generation, segment, slab.slab, slab.far);
         let bound = bound.ok_or(Reason::Violation)?;
-        let parcel = vec![slab.near.clone(), slab.far.clone()];
+        let parcel = slab.parcel;
         conn.course.handle_prepare(generation, segment.lane, session)?;
         conn.asked = Some((bound, holder));
         let message = Message::Prepare { conn: u64::from(conn.record), generation, segment: *segment };
@@ -311,10 +345,11 @@ fn mapped<'a>(
             if fds.len() != 1 + 2 * BELLS {
                 return Err(Reason::Violation);
             }
-            let far = Arc::new(fds.split_off(1 + BELLS));
+            let far = Ringers::from(Arc::new(fds.split_off(1 + BELLS)));
             let slab = fds.first().map(|memfd| Slab::map(memfd, segment.slab, segment.geometry));
             let slab = slab.and_then(Result::ok).ok_or(Reason::NoMemory)?;
-            Ok(new.insert(MappedSlab { slab: Arc::new(slab), near: Arc::new(fds), far }))
+            let parcel = vec![Arc::new(fds), far.fds().clone()];
+            Ok(new.insert(MappedSlab { slab: Arc::new(slab), parcel, far }))
         }
     }
 }

@@ -354,6 +354,7 @@ fn patience(reason: Reason) -> Duration {
         | Reason::PeerBackendGone
         | Reason::PeerLeft
         | Reason::Drained
+        | Reason::GuestPaused
         | Reason::Busy
         | Reason::NotAnswering => Duration::from_millis(200),
         _ => Duration::from_secs(5),

@@ -170,6 +170,8 @@ impl Agent {
         }
         let (program, record) = (conn.program, conn.record);
         drop(conn);
-        self.registry.give_back(program, record, late);
+        if self.registry.give_back(program, record, late).is_some() {
+            self.close_bells(program);
+        }
     }
 }

@@ -8,23 +8,26 @@
 //! | `registry` | programs, processes, connections, totals |
 //! | `program` | what programs say |
 //! | `backend` | what the backend says, and its connection |
+//! | `machine` | in a virtual machine: what the keeper says, and the slabs that it makes |
+//! | `bells` | in a virtual machine: programs' doorbells, streams to the host |
 //! | `ending` | connections whose program has closed them, or died |
 //! | `report` | what a person asks |
-//! | `post` | messages on their way out |
 
 mod backend;
+mod bells;
 mod course;
 mod ending;
 mod liveness;
-mod post;
+mod machine;
 mod program;
 mod registry;
 pub mod report;
-mod signal;
 mod slice;
 
 use crate::carrier::Carrier;
+use crate::host::Host;
 use liveness::Liveness;
+use machine::Machine;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use registry::Registry;
@@ -39,13 +42,36 @@ use tracing::{info, warn};
 /// How long the lanes may take to be left when the agent is told to end.
 const STOPPING: Duration = Duration::from_secs(1);
 
+/// How the agent reaches the backend.
+#[derive(Debug)]
+pub enum Way {
+    /// In a container: by the vport's socket.
+    Vport(PathBuf),
+    /// In a virtual machine: by streams to the host, with a keeper for memory.
+    Machine {
+        /// Where the host is.
+        host: Host,
+        /// The socket to the keeper.
+        keeper: OwnedFd,
+    },
+}
+
+impl std::fmt::Display for Way {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Vport(path) => write!(f, "{}", path.display()),
+            Self::Machine { host, .. } => write!(f, "{host}"),
+        }
+    }
+}
+
 /// What the agent is told on its command line.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Options {
     /// Where programs and tools find it.
     pub socket: PathBuf,
-    /// Where it finds the backend: the vport's socket.
-    pub vport: PathBuf,
+    /// Where it finds the backend.
+    pub way: Way,
     /// A connection is opened once it has moved this many bytes,
     pub threshold_bytes: u64,
     /// or has made this many round trips.
@@ -93,13 +119,24 @@ enum Kind {
     Holder,
     Watchdog,
     Anchor,
+    Keeper,
+    Bells,
 }
 
-const KINDS: [Kind; 7] =
-    [Kind::Listener, Kind::Signal, Kind::Backend, Kind::Pidfd, Kind::Holder, Kind::Watchdog, Kind::Anchor];
+const KINDS: [Kind; 9] = [
+    Kind::Listener,
+    Kind::Signal,
+    Kind::Backend,
+    Kind::Pidfd,
+    Kind::Holder,
+    Kind::Watchdog,
+    Kind::Anchor,
+    Kind::Keeper,
+    Kind::Bells,
+];
 
 fn token(kind: Kind, id: u64) -> Token {
-    Token((id as usize) << 3 | kind as usize)
+    Token((id as usize) << 4 | kind as usize)
 }
 
 /// What is due at some time.
@@ -115,6 +152,8 @@ enum Timer {
     Work(u64),
     /// This process is of no use any more.
     Lose(u64),
+    /// This program's doorbells may be opened.
+    Bells(u64),
 }
 
 /// Timers, the next first. One that has lost its meaning does no harm.
@@ -145,6 +184,7 @@ struct Agent {
     signals: OwnedFd,
     registry: Registry,
     link: backend::Link,
+    machine: Option<Machine>,
     liveness: Liveness,
     timers: Timers,
     programs_made: u64,
@@ -162,11 +202,20 @@ struct Agent {
 pub fn run(options: Options) -> Result<(), Error> {
     raise_descriptor_limit();
     slice::ask();
-    let signals = signal::descriptor().map_err(system("receive signals"))?;
+    let signals = crate::signal::descriptor().map_err(system("receive signals"))?;
     let listener = listen(&options.socket)?;
     let poll = Poll::new().map_err(system("wait for events"))?;
+    let machine = match &options.way {
+        Way::Vport(_) => None,
+        Way::Machine { host, keeper } => {
+            let keeper = keeper.try_clone().and_then(|keeper| Machine::new(host.clone(), keeper));
+            Some(keeper.map_err(system("listen to the keeper"))?)
+        }
+    };
+    let programs_made = if machine.is_some() { machine::first_program() } else { 0 };
     let mut agent = Agent {
         options,
+        machine,
         poll,
         listener,
         signals,
@@ -174,7 +223,7 @@ pub fn run(options: Options) -> Result<(), Error> {
         link: backend::Link::default(),
         liveness: Liveness::default(),
         timers: Timers::default(),
-        programs_made: 0,
+        programs_made,
         untold: Vec::new(),
         now: Instant::now(),
         stopping: None,
@@ -183,7 +232,8 @@ pub fn run(options: Options) -> Result<(), Error> {
     for (source, kind) in sources {
         agent.add(source, kind, 0, Interest::READABLE).map_err(system("wait for events"))?;
     }
-    info!(socket = %agent.options.socket.display(), "serves");
+    agent.watch_machine().map_err(system("wait for events"))?;
+    info!(socket = %agent.options.socket.display(), backend = %agent.options.way, "serves");
     agent.timers.at(agent.now, Timer::Connect);
     let ended = agent.serve();
     let _ = std::fs::remove_file(&agent.options.socket);
@@ -217,14 +267,16 @@ impl Agent {
     }
 
     fn handle_event(&mut self, Token(token): Token) {
-        let id = (token >> 3) as u64;
-        match KINDS.get(token & 7) {
+        let id = (token >> 4) as u64;
+        match KINDS.get(token & 15) {
             Some(Kind::Listener) => self.handle_listener_ready(),
             Some(Kind::Signal) => self.stop(),
             Some(Kind::Backend | Kind::Pidfd) => self.handle_backend_ready(),
             Some(Kind::Holder) => self.handle_holder_ready(id),
             Some(Kind::Watchdog) => self.handle_watchdog(id),
             Some(Kind::Anchor) => self.work(id),
+            Some(Kind::Keeper) => self.handle_keeper_ready(),
+            Some(Kind::Bells) => self.handle_bells_ready(),
             None => {}
         }
     }
@@ -236,6 +288,7 @@ impl Agent {
             Timer::Open(conn) => self.follow(conn),
             Timer::Work(conn) => self.work(conn),
             Timer::Lose(holder) => self.lose_holder(holder),
+            Timer::Bells(program) => self.open_bells(program),
         }
     }
 

@@ -1,12 +1,12 @@
 //! What programs say, and what becomes of them.
 
 use super::course::{Act, Course, Stage};
-use super::post::{Parcel, Post};
 use super::registry::{Conn, Holder, Program};
 use super::{Agent, Kind, Timer};
 use crate::carrier::Carrier;
 use crate::endpoint::Endpoint;
 use crate::kernel;
+use crate::post::{Parcel, Post};
 use crate::record::RECORDS;
 use mio::Interest;
 use rustix::fd::{AsFd, OwnedFd};
@@ -66,7 +66,7 @@ impl Agent {
         if !self.registry.flush_holder(id) {
             return self.lose_holder(id);
         }
-        while let Some(holder) = self.registry.holders.get(&id) {
+        while let Some(holder) = self.registry.holders.get_mut(&id) {
             let packet = match holder.post.recv() {
                 Ok(Some(packet)) => packet,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
@@ -312,7 +312,9 @@ impl Agent {
         if owner.holders.is_empty() {
             let fds = owner.fds.clone();
             self.remove_source(&fds[1]);
-            self.registry.retire(program);
+            if self.registry.retire(program).is_some() {
+                self.close_bells(program);
+            }
         }
     }
 

@@ -3,10 +3,10 @@
 
 use super::course::{Course, Stage};
 use super::ending::Ending;
-use super::post::{Parcel, Post};
 use crate::endpoint::Endpoint;
 use crate::lane::Violation;
-use crate::memory::{Bound, Records, Slab};
+use crate::memory::{Bound, Records, Ringers, Slab};
+use crate::post::{Parcel, Post};
 use crate::record::{RECORDS, Record, status};
 use rustix::event::EventfdFlags;
 use rustix::fd::{AsFd, OwnedFd};
@@ -34,14 +34,14 @@ pub struct Holder {
 }
 
 /// A slab that a program's connections use, with what must be passed to further holders.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct MappedSlab {
     /// The mapping.
     pub slab: Arc<Slab>,
-    /// The memfd and the program's own bells.
-    pub near: Arc<Vec<OwnedFd>>,
+    /// The memfd, the program's own bells, and the far side's bells.
+    pub parcel: Parcel,
     /// The far side's bells.
-    pub far: Arc<Vec<OwnedFd>>,
+    pub far: Ringers,
 }
 
 /// A program: one set of records, and one or more processes that hold it.

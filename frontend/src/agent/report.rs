@@ -59,6 +59,9 @@ pub struct Stat {
     pub drops: BTreeMap<String, u64>,
     /// The backend.
     pub backend: Backend,
+    /// In a virtual machine: its keeper.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keeper: Option<Keeper>,
 }
 
 /// How many connections.
@@ -83,6 +86,19 @@ pub struct Backend {
     pub connected: bool,
     /// The vport's network, as it last said.
     pub vni: u32,
+}
+
+/// What the keeper of a virtual machine's ring memory has.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Keeper {
+    /// Where the host is.
+    pub host: String,
+    /// Whether it has been registered there.
+    pub registered: bool,
+    /// Slabs that the host may write to.
+    pub slabs: u64,
+    /// Their bytes, which are pinned.
+    pub pinned: u64,
 }
 
 impl Agent {
@@ -126,6 +142,11 @@ impl Agent {
             bytes,
             drops: named(&totals.drops),
             backend: Backend { connected: self.link.connected(), vni: self.link.vni },
+            keeper: self.machine.as_ref().map(|machine| {
+                let (pinned, slabs) = machine.pinned();
+                let (host, registered) = (machine.host.to_string(), machine.token.is_some());
+                Keeper { host, registered, slabs, pinned }
+            }),
         }
     }
 }
@@ -275,6 +296,7 @@ mod tests {
             bytes: LaneBytes::default(),
             drops: BTreeMap::new(),
             backend: Backend { connected: true, vni: 100 },
+            keeper: None,
         };
         let json = serde_json::to_value(&stat).unwrap();
         assert_eq!(json["connections"]["upgraded_total"], 2);

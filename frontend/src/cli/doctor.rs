@@ -1,5 +1,8 @@
 //! `vsocket doctor`: what would stop a program here from being accelerated, and how to mend it.
 
+mod machine;
+
+use super::guest::{self, Neighbour};
 use super::{ask, chain, elf, print, run};
 use crate::agent::report::Stat;
 use std::ffi::OsString;
@@ -44,33 +47,49 @@ pub fn doctor(agent: &Path, command: &[OsString]) -> ExitCode {
 fn reach(agent: &Path) -> Vec<Finding> {
     let stat: Stat = match ask::ask(agent, 0) {
         Ok(stat) => stat,
-        Err(error @ ask::Error::Unreachable { .. }) => {
-            let mend = format!(
-                "start it: vsocket agent --socket {} --vport SOCKET (the vport's socket, from vsocketd)",
-                agent.display()
-            );
-            return vec![Finding::Stop(chain(&error), mend)];
-        }
+        Err(error @ ask::Error::Unreachable { .. }) => return unreachable(agent, &error),
         Err(error) => {
             return vec![Finding::Stop(chain(&error), "restart the agent, in this program's version".into())];
         }
     };
-    let here = Finding::Fine(format!("agent at {}", agent.display()));
-    let backend = if stat.backend.connected {
-        Finding::Fine(format!("backend, VNI {}", stat.backend.vni))
-    } else {
-        Finding::Stop(
-            "the agent has no backend".into(),
-            "start vsocketd on the host, and check that the agent's --vport names this guest's vport".into(),
-        )
-    };
+    let mut findings = vec![Finding::Fine(format!("agent at {}", agent.display()))];
+    findings.extend(stat.keeper.iter().flat_map(machine::kept));
+    findings.push(backend(&stat));
     let declined = stat.declined.iter().map(|(reason, n)| format!("{n} {reason}")).collect::<Vec<_>>();
-    let mut findings = vec![here, backend];
     if !declined.is_empty() {
         let what = format!("connections that were on TCP for a reason: {}", declined.join(", "));
         findings.push(Finding::Notice(what, "vsocket ss shows which".into()));
     }
     findings
+}
+
+/// There is no agent: how to start one, in the kind of guest that this is.
+fn unreachable(agent: &Path, error: &ask::Error) -> Vec<Finding> {
+    let command = format!("vsocket agent --socket {}", agent.display());
+    let stop = |mend| Finding::Stop(chain(error), mend);
+    match guest::find(None, None) {
+        Ok(Neighbour::Host(_) | Neighbour::Keeper(_)) => {
+            let mend = format!("start it: {command} as root, or in a container with --vport SOCKET");
+            let mut findings = vec![stop(mend)];
+            findings.extend(machine::missing());
+            findings
+        }
+        Ok(Neighbour::Vport(_)) => vec![stop(format!("start it: {command}"))],
+        Err(nowhere) => {
+            vec![stop(format!("start it: {command}, once there is something to reach: {nowhere}"))]
+        }
+    }
+}
+
+fn backend(stat: &Stat) -> Finding {
+    if stat.backend.connected {
+        return Finding::Fine(format!("backend, VNI {}", stat.backend.vni));
+    }
+    let mend = match &stat.keeper {
+        None => "start vsocketd on the host, and check that the agent's --vport names this guest's vport",
+        Some(_) => "start vsocketd on the host, with this machine's vport",
+    };
+    Finding::Stop("the agent has no backend".into(), mend.into())
 }
 
 fn library() -> Vec<Finding> {

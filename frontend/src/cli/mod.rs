@@ -3,12 +3,14 @@
 mod ask;
 mod doctor;
 mod elf;
+mod guest;
 mod run;
 mod ss;
 mod stat;
 
-use crate::agent;
+use crate::host::Host;
 use crate::program::client::{AGENT_DEFAULT, AGENT_VARIABLE, THRESHOLD_BYTES, THRESHOLD_ROUNDS};
+use crate::{agent, keeper};
 use clap::{Args, Parser, Subcommand};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -35,11 +37,17 @@ enum Command {
     /// Serves the programs of this guest.
     Agent {
         /// Where programs and tools find the agent.
-        #[arg(long)]
+        #[arg(long, default_value = AGENT_DEFAULT)]
         socket: PathBuf,
-        /// The vport's socket, which the host's vsocketd serves.
+        /// In a container: the vport's socket, which the host's vsocketd serves (default: /run/vsocket/vport, if it is there).
+        #[arg(long, conflicts_with = "host")]
+        vport: Option<PathBuf>,
+        /// In a virtual machine: its host, as vsock:PORT (default: vsock:7650, if there is /dev/vsock and no vport).
         #[arg(long)]
-        vport: PathBuf,
+        host: Option<Host>,
+        /// Standard input is the keeper of this host's memory: said by it to the agent that it starts.
+        #[arg(long, hide = true)]
+        kept: Option<Host>,
         /// A connection is upgraded once it has moved this many bytes.
         #[arg(long, default_value_t = THRESHOLD_BYTES)]
         threshold_bytes: u64,
@@ -90,7 +98,7 @@ impl AgentSocket {
 }
 
 /// An error and its causes, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {
@@ -114,12 +122,20 @@ fn done(command: &str, result: Result<(), impl std::error::Error + 'static>) -> 
 pub fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Run { agent, command } => run::run(&agent.path(), &command),
-        Command::Agent { socket, vport, threshold_bytes, threshold_rounds } => {
+        Command::Agent { socket, vport, host, kept, threshold_bytes, threshold_rounds } => {
             let filter = tracing_subscriber::EnvFilter::try_from_default_env();
             let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
             tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-            let options = agent::Options { socket, vport, threshold_bytes, threshold_rounds };
-            done("agent", agent::run(options))
+            let socket = std::path::absolute(&socket).unwrap_or(socket);
+            let options =
+                |way| agent::Options { socket: socket.clone(), way, threshold_bytes, threshold_rounds };
+            let found =
+                kept.map_or_else(|| guest::find(vport, host), |host| Ok(guest::Neighbour::Keeper(host)));
+            match found {
+                Ok(guest::Neighbour::Host(host)) => guest::keep(keeper::Options { host, socket }),
+                Ok(neighbour) => done("agent", guest::serve(neighbour, options)),
+                Err(error) => done("agent", Err::<(), _>(error)),
+            }
         }
         Command::Ss { agent, json } => done("ss", ss::ss(&agent.path(), json)),
         Command::Stat { agent, json } => done("stat", stat::stat(&agent.path(), json)),

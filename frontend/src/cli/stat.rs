@@ -24,6 +24,11 @@ fn text(stat: &Stat) -> String {
     let backend =
         if stat.backend.connected { format!("VNI {}", stat.backend.vni) } else { "not there".to_owned() };
     let _ = writeln!(out, "backend      {backend}");
+    if let Some(keeper) = &stat.keeper {
+        let state = if keeper.registered { "registered" } else { "not registered" };
+        let (host, slabs, pinned) = (&keeper.host, keeper.slabs, keeper.pinned);
+        let _ = writeln!(out, "keeper       {state} at {host}, {slabs} slabs, {pinned} bytes pinned");
+    }
     let _ = writeln!(out, "connections  {} open, {} on a lane", c.open, c.on_lane);
     let _ = writeln!(
         out,

@@ -8,7 +8,7 @@ use super::table::{self, Slot};
 use super::wait;
 use crate::carrier::{Carrier, Packet};
 use crate::kernel;
-use crate::memory::{Bound, Records, Slab};
+use crate::memory::{Bound, Records, Ringers, Slab};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -32,13 +32,13 @@ pub struct SlabEntry {
     pub slab: Arc<Slab>,
     /// This side's doorbells.
     pub own: Vec<OwnedFd>,
-    far: Arc<Vec<OwnedFd>>,
+    far: Ringers,
 }
 
 impl SlabEntry {
     /// A mapping with the doorbells of this side, and of the far side.
     pub fn new(slab: Arc<Slab>, own: Vec<OwnedFd>, far: Vec<OwnedFd>) -> Self {
-        Self { slab, own, far: Arc::new(far) }
+        Self { slab, own, far: Arc::new(far).into() }
     }
 }
 
@@ -228,6 +228,11 @@ pub fn after_fork(carrier: Option<Carrier>) {
 
 fn raw(fd: impl AsFd) -> i32 {
     rustix::fd::AsRawFd::as_raw_fd(&fd.as_fd())
+}
+
+/// What tells files apart; all eventfds have the same.
+fn inode(fd: &OwnedFd) -> Option<u64> {
+    Some(rustix::fs::fstat(fd).ok()?.st_ino)
 }
 
 fn agent_path() -> PathBuf {
@@ -451,8 +456,13 @@ impl Client {
             return None;
         }
         // A slab's number is unique only within one life of its host; the file itself tells whether it is the same.
-        let id = rustix::fs::fstat(&memory).ok()?.st_ino ^ (segment.slab << 40);
-        if let Some(entry) = self.slabs.get(&id) {
+        let id = inode(&memory)? ^ (segment.slab << 40);
+        // In a virtual machine its doorbells may be new ones: the host has ended those before.
+        let same = |a: Option<&OwnedFd>, b: Option<&OwnedFd>| match (a, b) {
+            (Some(a), Some(b)) => inode(a) == inode(b),
+            _ => true,
+        };
+        if let Some(entry) = self.slabs.get(&id).filter(|entry| same(entry.own.first(), bells.first())) {
             return Some(entry.clone());
         }
         let in_use = |e: &Arc<SlabEntry>| Arc::strong_count(e) > 1;

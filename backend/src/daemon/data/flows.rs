@@ -3,13 +3,12 @@
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
 use vsocket_channel::layout::BELLS;
 
 use crate::fabric::{QpId, RemoteAddress};
 use crate::flow::{Flow, FlowKey};
+use crate::slab::Doorbell;
 
 /// A flow with what it needs outside itself.
 #[derive(Debug)]
@@ -21,7 +20,7 @@ pub(in super::super) struct Entry {
     pub qp: QpId,
     pub(super) lkey: u32,
     pub(super) far: RemoteAddress,
-    pub(super) bells: [Arc<OwnedFd>; BELLS],
+    pub(super) bells: [Doorbell; BELLS],
     /// The shelf of its slab.
     pub(super) shelf: usize,
     /// Which captures want its segments.

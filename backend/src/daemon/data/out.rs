@@ -2,21 +2,19 @@
 
 #![forbid(unsafe_code)]
 
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
-
 use vsocket_channel::layout::BELLS;
 
 use crate::capture::{Payload, Taps, Way};
 use crate::fabric::{Fabric, LocalRange, PostError, QpId, RemoteAddress, Signal, WorkId};
 use crate::flow::Transmit;
+use crate::slab::Doorbell;
 
 pub(super) struct Out<'a> {
     pub fabric: &'a mut dyn Fabric,
     pub qp: QpId,
     pub lkey: u32,
     pub far: RemoteAddress,
-    pub bells: &'a [Arc<OwnedFd>; BELLS],
+    pub bells: &'a [Doorbell; BELLS],
     pub posted: bool,
     /// Something was not taken, and is to be tried again.
     pub refused: bool,
@@ -59,8 +57,7 @@ impl Transmit for Out<'_> {
     }
 
     fn ring(&mut self, bell: usize) {
-        // A bell that is full has been rung.
-        let _ = rustix::io::write(&self.bells[bell], &1u64.to_ne_bytes());
+        self.bells[bell].ring();
     }
 
     fn sent(&mut self, header: &[u8], payload: Payload<'_>) {

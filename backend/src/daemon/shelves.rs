@@ -5,6 +5,8 @@
 //! that warms it, as does everything else that gives one of its flows something to do. By the rule of
 //! [`vsocket_channel::bell`] a slab turns cold only if a look at all of its flows *after* the announcement found nothing;
 //! and it stays warm while a flow waits for what no bell tells: room in the fabric, or an acknowledgement.
+//!
+//! A flow here is whatever moves a connection's bytes: a flow or a relay. No slab has both.
 
 #![forbid(unsafe_code)]
 

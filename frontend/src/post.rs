@@ -1,6 +1,6 @@
 //! Messages on their way out: what the socket does not take at once waits in a bounded queue.
 
-use crate::carrier::{Carrier, Packet};
+use crate::carrier::{Carrier, Packet, Stream};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::collections::VecDeque;
 use std::io;
@@ -13,17 +13,29 @@ const MOST_QUEUED: usize = 4 * crate::record::RECORDS as usize;
 /// Descriptors beside a message, in groups that several messages share.
 pub type Parcel = Vec<Arc<Vec<OwnedFd>>>;
 
+/// What carries the messages.
+#[derive(Debug)]
+enum Line {
+    Packets(Carrier),
+    Stream(Box<Stream>),
+}
+
 /// A control connection with its queue.
 #[derive(Debug)]
 pub struct Post {
-    carrier: Carrier,
+    line: Line,
     queue: VecDeque<(Message, Parcel)>,
 }
 
 impl Post {
     /// A connection with nothing under way.
     pub fn new(carrier: Carrier) -> Self {
-        Self { carrier, queue: VecDeque::new() }
+        Self { line: Line::Packets(carrier), queue: VecDeque::new() }
+    }
+
+    /// A connection on a stream, which carries no descriptors.
+    pub fn over(stream: Stream) -> Self {
+        Self { line: Line::Stream(Box::new(stream)), queue: VecDeque::new() }
     }
 
     /// Sends a message, now or as soon as the socket takes it. How many messages the socket took.
@@ -52,8 +64,15 @@ impl Post {
     pub fn flush(&mut self) -> io::Result<u32> {
         let mut sent = 0;
         while let Some((message, parcel)) = self.queue.front() {
-            let fds: Vec<BorrowedFd<'_>> = parcel.iter().flat_map(|g| g.iter().map(AsFd::as_fd)).collect();
-            match self.carrier.send(message, &fds) {
+            let taken = match &mut self.line {
+                Line::Packets(carrier) => {
+                    let fds: Vec<BorrowedFd<'_>> =
+                        parcel.iter().flat_map(|g| g.iter().map(AsFd::as_fd)).collect();
+                    carrier.send(message, &fds)
+                }
+                Line::Stream(stream) => stream.send(message),
+            };
+            match taken {
                 Ok(()) => {
                     self.queue.pop_front();
                     sent += 1;
@@ -63,7 +82,30 @@ impl Post {
                 Err(error) => return Err(error),
             }
         }
-        Ok(sent)
+        match &mut self.line {
+            Line::Packets(_) => Ok(sent),
+            Line::Stream(stream) => match stream.flush() {
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+                _ => Ok(sent),
+            },
+        }
+    }
+
+    /// Whether something waits for the socket to take it, or for the connection to be made.
+    pub fn waits(&mut self) -> bool {
+        let under_way = match &mut self.line {
+            Line::Packets(_) => false,
+            Line::Stream(stream) => stream.flush().is_err(),
+        };
+        under_way || !self.queue.is_empty()
+    }
+
+    /// The connection's descriptor, for what is no message; what waits is forgotten.
+    pub fn into_fd(self) -> OwnedFd {
+        match self.line {
+            Line::Packets(carrier) => carrier.into(),
+            Line::Stream(stream) => stream.into_fd(),
+        }
     }
 
     /// The next packet; `None` at the end of the connection.
@@ -71,14 +113,20 @@ impl Post {
     /// # Errors
     ///
     /// `WouldBlock` when none is there.
-    pub fn recv(&self) -> io::Result<Option<Packet>> {
-        self.carrier.recv()
+    pub fn recv(&mut self) -> io::Result<Option<Packet>> {
+        match &mut self.line {
+            Line::Packets(carrier) => carrier.recv(),
+            Line::Stream(stream) => Ok(stream.recv()?.map(|message| Packet { message, fds: Vec::new() })),
+        }
     }
 }
 
 impl AsFd for Post {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.carrier.as_fd()
+        match &self.line {
+            Line::Packets(carrier) => carrier.as_fd(),
+            Line::Stream(stream) => stream.as_fd(),
+        }
     }
 }
 
