@@ -16,7 +16,7 @@
 //!
 //! A stay that ends, however it does, is over only when each party uses its memory no longer: a guest says `Left` (or
 //! `Refused`), a peer ends its stream on the queue pair behind its last WRITE, and a dead agent never says it, so that
-//! the segment is lost. Until then the segment is in quarantine.
+//! the segment is lost. Until then the segment is in quarantine. Of two that a relay joins each is free by itself.
 
 #![forbid(unsafe_code)]
 
