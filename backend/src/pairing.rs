@@ -16,7 +16,7 @@
 //!
 //! A stay that ends, however it does, is over only when each party uses its memory no longer: a guest says `Left` (or
 //! `Refused`), a peer ends its stream on the queue pair behind its last WRITE, and a dead agent never says it, so that
-//! the segment is lost. Until then the segment is in quarantine.
+//! the segment is lost. Until then the segment is in quarantine. Of two that a relay joins each is free by itself.
 
 #![forbid(unsafe_code)]
 
@@ -38,6 +38,7 @@ mod local;
 mod peer;
 mod remote;
 mod stay;
+mod view;
 
 #[cfg(test)]
 mod relay_tests;
@@ -48,7 +49,8 @@ mod tests;
 
 pub use effect::{Effect, FlowStart, RelayStart};
 pub use peer::Dropped;
-use stay::{GuestPhase, Kind, Stay};
+use stay::{GuestPhase, Stay};
+pub use view::{Lanes, Line};
 
 /// An end that was busy is asked again after this: its counters stand still for a moment between two of its bytes.
 const REST: Duration = Duration::from_millis(2);
@@ -147,32 +149,6 @@ enum Place {
     Vport(u32),
     Peer(u32, Mac),
     Nowhere,
-}
-
-/// One line of the operator's list.
-#[derive(Clone, Debug)]
-pub struct Line {
-    /// Which end.
-    pub end: EndId,
-    /// Its addresses.
-    pub tuple: Tuple,
-    /// The name of what carries it.
-    pub lane: &'static str,
-    /// The generation, if it is in a stay.
-    pub generation: Option<u32>,
-    /// Why it is on TCP, if that was told.
-    pub reason: Option<Reason>,
-}
-
-/// How many stays are committed, by what carries them.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Lanes {
-    /// A ring that both programs map.
-    pub direct: usize,
-    /// A flow to another host.
-    pub fabric: usize,
-    /// A relay between two guests of this host.
-    pub relay: usize,
 }
 
 /// All ends and stays of this host.
@@ -413,11 +389,6 @@ impl Pairing {
         self.ready.extend(open);
     }
 
-    /// Whether no other host writes to this guest's memory: its stays are over, or have not got so far.
-    pub fn is_quiet(&self, vport: u32) -> bool {
-        !self.stays.values().any(|stay| stay.is_written_to(vport))
-    }
-
     /// A program has ended, or can be woken no more: its stays are over.
     pub fn handle_program_gone(&mut self, (vport, program): Program, reason: Reason) {
         let its = |(id, end): (&EndId, &End)| match end.state {
@@ -456,50 +427,6 @@ impl Pairing {
     /// As [`handle_memory`](Self::handle_memory), for all programs of a virtual machine.
     pub fn handle_memory_of(&mut self, vport: u32) {
         self.bar(vport, None);
-    }
-
-    /// Stays that are not over and whose bytes we move.
-    pub fn carried_stays(&self) -> usize {
-        self.stays.values().filter(|stay| stay.lane() == Lane::Fabric).count()
-    }
-
-    /// Whether a vport is drained.
-    pub fn drained(&self, vport: u32) -> bool {
-        self.vports.get(vport as usize).is_some_and(|v| v.drained)
-    }
-
-    /// How many connections a vport has open.
-    pub fn open_connections(&self, vport: u32) -> u32 {
-        self.vports.get(vport as usize).map_or(0, |v| v.ends)
-    }
-
-    /// How many stays are committed on each lane.
-    pub fn lanes(&self) -> Lanes {
-        let of = |kind| self.stays.values().filter(|s| s.committed && !s.ending && s.kind() == kind).count();
-        Lanes { direct: of(Kind::Direct), fabric: of(Kind::Fabric), relay: of(Kind::Relay) }
-    }
-
-    /// Stays that are not over, withdrawn or not.
-    pub fn stays(&self) -> usize {
-        self.stays.len()
-    }
-
-    /// Every connection.
-    pub fn lines(&self) -> impl Iterator<Item = Line> + '_ {
-        self.ends.iter().map(|(id, end)| {
-            let stay = match end.state {
-                EndState::Staying(stay) => self.stays.get(&stay),
-                _ => None,
-            };
-            let live = stay.filter(|s| s.committed && !s.ending);
-            Line {
-                end: *id,
-                tuple: end.tuple,
-                lane: live.map_or(Lane::Tcp.name(), |stay| stay.kind().name()),
-                generation: stay.map(|s| s.generation),
-                reason: end.told,
-            }
-        })
     }
 
     /// The ends of a vport that have not left their stays.

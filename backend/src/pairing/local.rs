@@ -1,9 +1,9 @@
 //! Pairing two ends of this host: over one segment that both map (`direct`), or, if they are to share no memory, over one
 //! each, which a **relay** joins.
 //!
-//! To its ends a relayed stay is one on the fabric: each is side 0 of a segment that only this backend maps too, so what
-//! they hear, and when they may reuse its memory, is the same. The relay begins right before both are told to commit, and
-//! ends the moment the stay does, before anyone may have left.
+//! To its ends a relayed stay is one on the fabric: each is side 0 of a segment that only this backend maps too, and hears
+//! the same. The relay begins right before both are told to commit, and ends the moment the stay does; so a segment is free
+//! as soon as its own guest has left, however long the other takes.
 
 #![forbid(unsafe_code)]
 

@@ -98,6 +98,8 @@ pub(super) struct Stay {
     pub segment: SegmentId,
     /// The second party's, if each has its own: then a relay joins them.
     second: Option<SegmentId>,
+    /// Which of the two are free already.
+    released: [bool; 2],
     /// Side 0 and side 1. A host is side 1.
     pub parties: [Party; 2],
     pub committed: bool,
@@ -109,7 +111,9 @@ pub(super) struct Stay {
 
 impl Stay {
     pub fn new(generation: u32, segment: SegmentId, parties: [Party; 2]) -> Self {
-        Self { generation, segment, second: None, parties, committed: false, ending: false, again: false }
+        let (second, released) = (None, [false; 2]);
+        let (committed, ending, again) = (false, false, false);
+        Self { generation, segment, second, released, parties, committed, ending, again }
     }
 
     pub fn relayed(generation: u32, [first, second]: [SegmentId; 2], parties: [Party; 2]) -> Self {
@@ -138,11 +142,21 @@ impl Stay {
         }
     }
 
-    /// Its memory, and whether it may be used again: not if someone who maps it is gone without a word.
-    fn memory(&self) -> impl Iterator<Item = (SegmentId, bool)> {
-        let kept = self.parties.map(|p| !matches!(p, Party::Guest(guest) if guest.phase == GuestPhase::Lost));
-        let first = (self.segment, kept[0] && (kept[1] || self.second.is_some()));
-        std::iter::once(first).chain(self.second.map(|second| (second, kept[1])))
+    /// The memory that nobody uses any more, once each, and whether it may be used again: not if someone who maps it is
+    /// gone without a word. On a relay each party's is free without the other's word, who does not map it.
+    fn take_free(&mut self) -> Vec<(SegmentId, bool)> {
+        let lost = |p: &Party| matches!(p, Party::Guest(guest) if guest.phase == GuestPhase::Lost);
+        let shares: Vec<(SegmentId, &[Party])> = match self.second {
+            Some(second) => vec![(self.segment, &self.parties[..1]), (second, &self.parties[1..])],
+            None => vec![(self.segment, &self.parties)],
+        };
+        let mut free = Vec::new();
+        for ((segment, mappers), released) in shares.into_iter().zip(&mut self.released) {
+            if mappers.iter().all(Party::settled) && !std::mem::replace(released, true) {
+                free.push((segment, !mappers.iter().any(lost)));
+            }
+        }
+        free
     }
 
     /// The relay to start, if it is to have one.
@@ -339,11 +353,11 @@ impl Pairing {
         }
     }
 
-    /// Releases the memory of a stay that no party uses any more.
+    /// Releases memory of a stay that is ending, and forgets the stay when no party uses any of it.
     pub(super) fn settle(&mut self, id: u64) {
-        let over = self.stays.get(&id).is_some_and(|s| s.ending && s.parties.iter().all(Party::settled));
-        let Some(mut stay) = over.then(|| self.stays.remove(&id)).flatten() else { return };
-        if let Some(host) = stay.host() {
+        let Some(stay) = self.stays.get_mut(&id).filter(|stay| stay.ending) else { return };
+        let (free, over) = (stay.take_free(), stay.parties.iter().all(Party::settled));
+        if over && let Some(host) = self.stays.remove(&id).as_mut().and_then(Stay::host) {
             let flow = host.flow;
             // An offer that was put back keeps its number.
             if matches!(self.flows.get(&flow), Some(FlowUse::Stay(stay)) if *stay == id) {
@@ -351,6 +365,6 @@ impl Pairing {
             }
             self.effects.push_back(Effect::FlowDrop { flow });
         }
-        self.effects.extend(stay.memory().map(|(segment, reuse)| Effect::Release { segment, reuse }));
+        self.effects.extend(free.into_iter().map(|(segment, reuse)| Effect::Release { segment, reuse }));
     }
 }
