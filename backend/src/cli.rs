@@ -4,6 +4,7 @@
 
 use std::error::Error as _;
 use std::io::IsTerminal;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -259,16 +260,21 @@ fn dispatch(arguments: Arguments) -> Result<(), Error> {
     Ok(())
 }
 
+/// Prints a line; a reader that has gone (`| head`) is no error.
+macro_rules! say {
+    ($($what:tt)*) => { { let _ = writeln!(std::io::stdout(), $($what)*); } };
+}
+
 fn obey(command: Command) -> Result<(), Error> {
     match command {
         Command::Certs { out, hosts } => {
             for file in certs::create(&out, &hosts)? {
-                println!("{}", file.display());
+                say!("{}", file.display());
             }
         }
         Command::Stat { control, json, connections } => {
             let answer = operator::stat(&control.path(), connections)?;
-            println!("{}", if json { answer.to_string() } else { operator::as_text(&answer) });
+            say!("{}", if json { answer.to_string() } else { operator::as_text(&answer) });
         }
         Command::Devices { json } => devices(json),
         Command::Drain { control, vport } => operator::drain(&control.path(), &vport, true)?,
@@ -322,18 +328,18 @@ fn devices(json: bool) {
     };
     let rows: Value = all.iter().map(row).collect();
     if json {
-        println!("{rows}");
+        say!("{rows}");
     } else if all.is_empty() {
-        println!("There is no RDMA device; the fabric is soft. Soft-RoCE makes one of a network interface:");
-        println!("    modprobe rdma_rxe && rdma link add rxe0 type rxe netdev eth0");
+        say!("There is no RDMA device; the fabric is soft. Soft-RoCE makes one of a network interface:");
+        say!("    modprobe rdma_rxe && rdma link add rxe0 type rxe netdev eth0");
     } else {
-        println!("{}", operator::as_text(&rows));
+        say!("{}", operator::as_text(&rows));
     }
 }
 
 #[cfg(not(feature = "verbs"))]
 fn devices(json: bool) {
-    println!("{}", if json { "[]" } else { "This vsocketd is built without verbs; the fabric is soft." });
+    say!("{}", if json { "[]" } else { "This vsocketd is built without verbs; the fabric is soft." });
 }
 
 /// Logs to standard error; `VSOCKETD_LOG` chooses levels (`info`; `vsocket_backend::peer=debug`).
