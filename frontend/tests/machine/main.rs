@@ -129,6 +129,20 @@ fn a_keeper_brings_the_token_that_it_was_given() {
 }
 
 #[test]
+fn a_keeper_is_not_chosen_when_memory_is_short() {
+    let machine = Machine::new();
+    let _host = both(&machine, 0, TOKEN, 1);
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let rights = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
+    let of = |pid: u32| std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap();
+    // CAP_SYS_RESOURCE, which a test may not have.
+    if u64::from_str_radix(rights.trim(), 16).unwrap() & 1 << 24 != 0 {
+        assert_eq!(of(machine.keeper.id()).trim(), "-1000");
+    }
+    assert_eq!(of(machine.agent() as u32), of(std::process::id()));
+}
+
+#[test]
 fn a_host_that_speaks_nonsense_is_left_alone_for_a_while() {
     let machine = Machine::new();
     let mut keeper = machine.register(0, TOKEN, 1);
