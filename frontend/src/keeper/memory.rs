@@ -262,6 +262,19 @@ mod tests {
     }
 
     #[test]
+    fn pinned_pages_stay_where_they_are_while_memory_is_compacted() {
+        let geometry = Geometry::new(8, 1 << 18).unwrap();
+        let memory = Pinned::make(geometry).unwrap();
+        let now = || super::super::pages::numbers(memory.address(), geometry.slab_len());
+        // Who may not see them (CAP_SYS_ADMIN), or not ask the kernel to, has nothing to compare.
+        let Ok(before) = now() else { return };
+        for _ in 0..3 {
+            let _ = std::fs::write("/proc/sys/vm/compact_memory", "1");
+            assert_eq!(now().unwrap(), before);
+        }
+    }
+
+    #[test]
     fn a_slab_is_mapped_by_whoever_has_its_descriptor() {
         let geometry = Geometry::new(2, 8192).unwrap();
         let memory = Pinned::make(geometry).unwrap();

@@ -129,6 +129,16 @@ fn a_keeper_brings_the_token_that_it_was_given() {
 }
 
 #[test]
+fn a_second_keeper_does_not_take_the_first_ones_registration() {
+    let machine = Machine::new();
+    let _host = both(&machine, 0, TOKEN, 1);
+    let mut second = host::start(&machine.dir);
+    assert_eq!(second.wait().unwrap().code(), Some(1));
+    assert!(!machine.is_called(Duration::from_millis(200)));
+    assert_eq!(machine.ask("stat")["backend"]["connected"], true);
+}
+
+#[test]
 fn a_keeper_is_not_chosen_when_memory_is_short() {
     let machine = Machine::new();
     let _host = both(&machine, 0, TOKEN, 1);
@@ -240,6 +250,19 @@ fn bells_are_streams_that_nobody_drains() {
         assert_eq!(ring(&stay.bells[n]), 8);
         assert_eq!(edges(), [n as u64]);
     }
+    // The agent, which holds them too, is not woken by them.
+    let switches = || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", machine.agent())).unwrap();
+        status.lines().filter(|l| l.contains("ctxt_switches")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    std::thread::sleep(Duration::from_millis(200));
+    let before = switches();
+    for bell in &stay.bells {
+        ring(bell);
+        edges();
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(switches(), before);
     // Full: what rings then is heard of all the same, once it was read down.
     while ring(&stay.bells[1]) > 0 {}
     assert_eq!(edges(), [1]);
