@@ -268,7 +268,7 @@ mod tests {
             all.iter().map(of).collect::<Result<Vec<_>, _>>()
         };
         // Small pieces with gaps between them: plain ones, and pinned ones of each kind.
-        let piece = |_| Pinned::map_file(64 << 10, MemfdFlags::empty()).unwrap();
+        let piece = |_| Pinned::map_file(256 << 10, MemfdFlags::empty()).unwrap();
         let mut all: Vec<Pinned> = (0..500).map(piece).collect();
         let mut keep = (0..).map(|n: u32| n.is_multiple_of(2));
         all.retain(|_| keep.next().unwrap_or(false));
