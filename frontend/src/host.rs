@@ -83,7 +83,13 @@ fn bind_privileged(socket: &Socket) -> io::Result<()> {
             break;
         }
     }
-    result
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            let what = "a port below 1024, which proves a keeper, needs CAP_NET_BIND_SERVICE";
+            Err(io::Error::new(io::ErrorKind::PermissionDenied, what))
+        }
+        result => result,
+    }
 }
 
 #[cfg(test)]

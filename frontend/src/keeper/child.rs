@@ -10,6 +10,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use std::io;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 use tracing::warn;
 
@@ -52,7 +53,7 @@ impl Agent {
             .arg(KEPT)
             .arg(host.to_string())
             .stdin(Stdio::from(OwnedFd::from(theirs)));
-        let child = command.spawn()?;
+        let child = as_before(|| command.spawn())?;
         let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
         Ok(Self { child, pidfd, post: Post::new(ours), since: now })
     }
@@ -78,6 +79,21 @@ impl Agent {
     pub fn is_proven(&self, now: Instant) -> bool {
         now.duration_since(self.since) >= PROVEN
     }
+}
+
+/// What the kernel adds to a process's badness when memory is short; -1000 is never chosen.
+const BADNESS: &str = "/proc/self/oom_score_adj";
+
+/// Keeps the kernel from choosing the keeper when memory is short: all that it has mapped counts as its own, and its end
+/// would set free what the host writes to. What `start` starts is as the keeper was before.
+fn as_before<T>(start: impl FnOnce() -> T) -> T {
+    static BEFORE: OnceLock<String> = OnceLock::new();
+    let before = BEFORE.get_or_init(|| std::fs::read_to_string(BADNESS).unwrap_or_default());
+    // Without the right to it (in a container) it stays as it is.
+    let _ = std::fs::write(BADNESS, before);
+    let started = start();
+    let _ = std::fs::write(BADNESS, "-1000");
+    started
 }
 
 /// Its status, if an agent has ended in order: nothing that another one would do better.

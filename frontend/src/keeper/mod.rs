@@ -26,8 +26,9 @@ use child::{Agent, Backoff};
 use memory::Pinned;
 use registration::{Act, Nonsense, Registration};
 use rustix::fd::OwnedFd;
+use std::fs::File;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tracing::{debug, info, warn};
 use vsocket_channel::layout::Geometry;
@@ -43,14 +44,22 @@ const ENDING: Duration = Duration::from_secs(5);
 
 /// Why a keeper cannot work.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {what}")]
-pub struct Error {
-    what: &'static str,
-    source: io::Error,
+pub enum Error {
+    /// There is one, and it would lose its registration to this one.
+    #[error("another keeper works in {0}: stop it, or choose a --socket elsewhere")]
+    Taken(PathBuf),
+    /// A system call that it rests on.
+    #[error("cannot {what}")]
+    System {
+        /// Which.
+        what: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
 }
 
 fn system(what: &'static str) -> impl Fn(io::Error) -> Error {
-    move |source| Error { what, source }
+    move |source| Error::System { what, source }
 }
 
 /// What a keeper is told.
@@ -86,8 +95,9 @@ struct Keeper {
 ///
 /// # Errors
 ///
-/// [`Error`], if the kernel refuses what the loop rests on.
+/// [`Error`], if there is a keeper, or the kernel refuses what the loop rests on.
 pub fn run(options: Options) -> Result<u8, Error> {
+    let _alone = alone(options.socket.parent().unwrap_or(Path::new("/")))?;
     let signals = crate::signal::descriptor().map_err(system("receive signals"))?;
     let token = token::read(&token::path(&options.socket));
     let now = Instant::now();
@@ -107,6 +117,17 @@ pub fn run(options: Options) -> Result<u8, Error> {
     };
     info!(host = %keeper.options.host, "keeps memory");
     keeper.serve()
+}
+
+/// Makes sure that no other keeper uses the directory's token, as long as what it returns lives.
+fn alone(directory: &Path) -> Result<File, Error> {
+    use rustix::fs::{FlockOperation, flock};
+    let file = File::open(directory).map_err(system("open the directory of the agent's socket"))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::Taken(directory.to_owned())),
+        Err(error) => Err(system("lock the directory of the agent's socket")(error.into())),
+    }
 }
 
 impl Keeper {

@@ -2,9 +2,9 @@
 
 #![forbid(unsafe_code)]
 
-use std::fs::OpenOptions;
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Its file, beside the agent's socket: in a directory that does not outlive the boot, as the token does not.
@@ -12,9 +12,9 @@ pub fn path(socket: &Path) -> PathBuf {
     socket.with_file_name("keeper.token")
 }
 
-/// The token that was kept, or 0.
+/// The token that was kept, or 0: also where others may know it, or have written it.
 pub fn read(path: &Path) -> u128 {
-    let text = match std::fs::read_to_string(path) {
+    let text = match File::open(path).and_then(text) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return 0,
         Err(error) => {
@@ -26,6 +26,17 @@ pub fn read(path: &Path) -> u128 {
         tracing::warn!(%error, path = %path.display(), "not a token");
         0
     })
+}
+
+fn text(mut file: File) -> io::Result<String> {
+    let found = file.metadata()?;
+    let ours = found.uid() == rustix::process::geteuid().as_raw() && found.mode() & 0o077 == 0;
+    if !ours {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "others may know it"));
+    }
+    let mut text = String::new();
+    file.read_to_string(&mut text)?;
+    Ok(text)
 }
 
 /// Keeps a token: whole, or not at all.
@@ -60,6 +71,9 @@ mod tests {
             assert_eq!(read(&path), token);
         }
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o644)).unwrap();
+        assert_eq!(read(&path), 0, "others know it");
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
         std::fs::write(&path, "nonsense").unwrap();
         assert_eq!(read(&path), 0);
         std::fs::remove_dir_all(&dir).unwrap();

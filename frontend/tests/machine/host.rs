@@ -175,7 +175,8 @@ impl Drop for Machine {
     }
 }
 
-fn start(dir: &Path) -> Child {
+/// Starts a keeper.
+pub fn start(dir: &Path) -> Child {
     let mut command = Command::new(crate::common::VSOCKET);
     command.arg("agent").arg("--socket").arg(dir.join("agent"));
     command.arg("--host").arg(format!("unix-stream:{}", dir.join("host").display()));

@@ -129,6 +129,30 @@ fn a_keeper_brings_the_token_that_it_was_given() {
 }
 
 #[test]
+fn a_second_keeper_does_not_take_the_first_ones_registration() {
+    let machine = Machine::new();
+    let _host = both(&machine, 0, TOKEN, 1);
+    let mut second = host::start(&machine.dir);
+    assert_eq!(second.wait().unwrap().code(), Some(1));
+    assert!(!machine.is_called(Duration::from_millis(200)));
+    assert_eq!(machine.ask("stat")["backend"]["connected"], true);
+}
+
+#[test]
+fn a_keeper_is_not_chosen_when_memory_is_short() {
+    let machine = Machine::new();
+    let _host = both(&machine, 0, TOKEN, 1);
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let rights = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
+    let of = |pid: u32| std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap();
+    // CAP_SYS_RESOURCE, which a test may not have.
+    if u64::from_str_radix(rights.trim(), 16).unwrap() & 1 << 24 != 0 {
+        assert_eq!(of(machine.keeper.id()).trim(), "-1000");
+    }
+    assert_eq!(of(machine.agent() as u32), of(std::process::id()));
+}
+
+#[test]
 fn a_host_that_speaks_nonsense_is_left_alone_for_a_while() {
     let machine = Machine::new();
     let mut keeper = machine.register(0, TOKEN, 1);
@@ -226,6 +250,19 @@ fn bells_are_streams_that_nobody_drains() {
         assert_eq!(ring(&stay.bells[n]), 8);
         assert_eq!(edges(), [n as u64]);
     }
+    // The agent, which holds them too, is not woken by them.
+    let switches = || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", machine.agent())).unwrap();
+        status.lines().filter(|l| l.contains("ctxt_switches")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    std::thread::sleep(Duration::from_millis(200));
+    let before = switches();
+    for bell in &stay.bells {
+        ring(bell);
+        edges();
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(switches(), before);
     // Full: what rings then is heard of all the same, once it was read down.
     while ring(&stay.bells[1]) > 0 {}
     assert_eq!(edges(), [1]);
