@@ -268,7 +268,7 @@ class Scenarios:
         at = ["-h", ADDRESS["vm2"], "-p", str(port)]
         check(self._in_container(*run, "redis-cli", *at, "set", "from", "a container").strip() == "OK", "redis-cli")
         out = self._in_container(*run, "redis-benchmark", *at, "-t", "get", "-c", "5", "-n", "3000", "--csv")
-        return f"{redis_rate(out):.1f} k/s, {proof.holds(MIB // 8)}"
+        return f"{redis_rate(out):.1f} k/s, {proof.holds(100_000)}"
 
     def _nested(self):
         self.lab.shell(
@@ -312,13 +312,12 @@ class Scenarios:
                     lab.redis(server, port[mode], mode=mode)
                 else:
                     lab.serve(server, port[mode], *serve.format(at=at, port=port[mode]).split(), mode=mode)
-            for _ in range(ROUNDS):
-                for mode in ("plain", lab.mode):
-                    proof = Proof(lab, client, server)
-                    out = lab.run(client, *command.format(at=at, port=port[mode]).split(), mode=mode).ok()
-                    if mode == "run":
-                        proof.holds(16 << 10, share)
-                    figures.setdefault(mode, []).append(value(out))
+            # Agents count only what is accelerated.
+            proof = Proof(lab, client, server)
+            for mode in ["plain", lab.mode] * ROUNDS:
+                out = lab.run(client, *command.format(at=at, port=port[mode]).split(), mode=mode).ok()
+                figures.setdefault(mode, []).append(value(out))
+            proof.holds(16 << 10, share)
             said.append(self.table.row(path, name, unit, less, figures["plain"], figures[lab.mode]))
             lab.stop_programs()
         return ", ".join(said)
