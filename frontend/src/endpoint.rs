@@ -143,7 +143,7 @@ impl Endpoint<'_> {
     }
 
     /// No bytes move any more, and the application does not know it yet.
-    fn broken(&self) {
+    pub fn broken(&self) {
         if !self.record.is(status::BROKEN) {
             let bits = status::BROKEN | status::UNTOLD;
             self.record.set_status(bits, bits);
@@ -176,7 +176,7 @@ impl Endpoint<'_> {
     /// Whether the ring side of the receiver has something to deliver, without a lock. `None`: the anchor decides.
     pub fn readable(&self) -> Option<bool> {
         let bits = self.record.status.load(Ordering::Acquire);
-        if bits & (status::RX_EOF | status::RX_RESIDUE | status::BROKEN) != 0 {
+        if bits & (status::RX_EOF | status::RX_SHUT | status::RX_RESIDUE | status::BROKEN) != 0 {
             return Some(true);
         }
         if bits & status::RX_OPEN == 0 {
@@ -190,11 +190,34 @@ impl Endpoint<'_> {
             }
             self.refresh();
             if !self.record.is(status::RX_RING) {
-                return None;
+                // The raw bytes before the ring's are still to be read; the kernel has told of them, and does not again.
+                let there = kernel::unread(self.anchor).is_ok_and(|n| n > 0);
+                return there.then_some(true);
             }
         }
         // That the sender has sealed is no readiness: the anchor will say how the stream goes on.
         Some(direction.head.head.load(Ordering::Acquire) != self.record.rx_off.load(Ordering::Relaxed))
+    }
+
+    /// How many bytes could be received now, on whichever carrier. `None` if that cannot be told.
+    pub fn unread(&self) -> Option<usize> {
+        let mut rx = self.lock_rx().ok()?;
+        self.learn(&mut rx);
+        self.settle_rx(&rx);
+        let ring = |from: u64| self.bound_for(rx.generation).and_then(|b| b.rx().available(from).ok());
+        let raw = || kernel::unread(self.anchor).ok();
+        match rx.source() {
+            Source::Ring { .. } => ring(rx.off),
+            Source::Residue { to } => {
+                let beyond = raw()?.saturating_sub(rx.kept.saturating_sub(rx.raw));
+                Some((to - rx.off + beyond) as usize)
+            }
+            Source::Raw { drop, limit, .. } => {
+                let queued = raw()?.min(limit);
+                let beyond = if rx.knows_stay() && queued == limit { ring(rx.start)? } else { 0 };
+                Some(queued.saturating_sub(drop) as usize + beyond)
+            }
+        }
     }
 
     /// Whether the ring has room (a quarter of it), without a lock. `None`: the anchor decides.
@@ -225,7 +248,7 @@ impl Endpoint<'_> {
     ///
     /// Why not, by name.
     pub fn prepare(&self, generation: u32) -> std::result::Result<(), Reason> {
-        if self.record.is(status::BROKEN | status::RX_EOF | status::TX_SHUT) {
+        if self.record.is(status::BROKEN | status::RX_EOF | status::RX_SHUT | status::TX_SHUT) {
             return Err(Reason::Ending);
         }
         let tx = self.lock_tx().map_err(|_| Reason::Busy)?;

@@ -93,6 +93,31 @@ impl Counters {
     }
 }
 
+/// Whether the kernel is to report sends without copying (`SO_ZEROCOPY`).
+pub fn reports_completions(fd: BorrowedFd<'_>) -> bool {
+    let mut on: libc::c_int = 0;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the pointers name `on` and `len`, which outlive the call; the kernel writes at most `len` bytes.
+    let got = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ZEROCOPY,
+            std::ptr::from_mut(&mut on).cast(),
+            &raw mut len,
+        )
+    };
+    got == 0 && on != 0
+}
+
+/// Whether the peer's FIN has come.
+pub fn peer_has_shut(fd: impl AsFd) -> bool {
+    let fd = fd.as_fd();
+    let zero = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut one = [rustix::event::PollFd::from_borrowed_fd(fd, rustix::event::PollFlags::RDHUP)];
+    rustix::event::poll(&mut one, Some(&zero)).unwrap_or(0) > 0
+}
+
 /// The socket's addresses, if it is a TCP socket over IPv4 or IPv6 with a peer.
 pub fn tuple(fd: impl AsFd) -> io::Result<Tuple> {
     let fd = fd.as_fd();

@@ -33,6 +33,9 @@ pub mod status {
     /// The abort was not reported to the application yet: the next call that fails says `ECONNRESET`, and later ones what
     /// they would after `SO_ERROR` was read.
     pub const UNTOLD: u32 = 256;
+    /// The application has shut it for reading: what is there, and what still comes, is read as before, and then, instead
+    /// of a wait, the end of the stream.
+    pub const RX_SHUT: u32 = 512;
     /// All bits that belong to the receiver's state.
     pub const RX_STATE: u32 = RX_RING | RX_OPEN | RX_RESIDUE;
     /// All bits that belong to the sender's state.
@@ -50,6 +53,7 @@ pub mod status {
             (BROKEN, "broken"),
             (TX_SHUT, "tx-shut"),
             (UNTOLD, "untold"),
+            (RX_SHUT, "rx-shut"),
         ];
         let set: Vec<_> = all.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name).collect();
         set.join(" ")

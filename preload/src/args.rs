@@ -9,30 +9,44 @@ const IOV_MAX: c_int = 1024;
 
 /// The application's buffer for a receiving call.
 ///
+/// # Errors
+///
+/// `FAULT` if it is null.
+///
 /// # Safety
 ///
 /// `buf` is valid for writes of `len` bytes, or `len` is 0.
-pub unsafe fn buffer<'a>(buf: *mut c_void, len: size_t) -> IoSliceMut<'a> {
-    if buf.is_null() || len == 0 {
-        return IoSliceMut::new(&mut []);
+pub unsafe fn buffer<'a>(buf: *mut c_void, len: size_t) -> Result<IoSliceMut<'a>, Errno> {
+    if len == 0 {
+        return Ok(IoSliceMut::new(&mut []));
+    }
+    if buf.is_null() {
+        return Err(Errno::FAULT);
     }
     let len = len.min(isize::MAX as usize);
     // SAFETY: the caller of the C function promises a valid buffer.
-    IoSliceMut::new(unsafe { std::slice::from_raw_parts_mut(buf.cast(), len) })
+    Ok(IoSliceMut::new(unsafe { std::slice::from_raw_parts_mut(buf.cast(), len) }))
 }
 
 /// The application's bytes for a sending call.
 ///
+/// # Errors
+///
+/// `FAULT` if they are nowhere.
+///
 /// # Safety
 ///
 /// `buf` is valid for reads of `len` bytes, or `len` is 0.
-pub unsafe fn bytes<'a>(buf: *const c_void, len: size_t) -> IoSlice<'a> {
-    if buf.is_null() || len == 0 {
-        return IoSlice::new(&[]);
+pub unsafe fn bytes<'a>(buf: *const c_void, len: size_t) -> Result<IoSlice<'a>, Errno> {
+    if len == 0 {
+        return Ok(IoSlice::new(&[]));
+    }
+    if buf.is_null() {
+        return Err(Errno::FAULT);
     }
     let len = len.min(isize::MAX as usize);
     // SAFETY: the caller of the C function promises a valid buffer.
-    IoSlice::new(unsafe { std::slice::from_raw_parts(buf.cast(), len) })
+    Ok(IoSlice::new(unsafe { std::slice::from_raw_parts(buf.cast(), len) }))
 }
 
 /// A gather list.
@@ -41,14 +55,41 @@ pub unsafe fn bytes<'a>(buf: *const c_void, len: size_t) -> IoSlice<'a> {
 ///
 /// `iov` names `count` valid buffers.
 pub unsafe fn gather<'a>(iov: *const iovec, count: c_int) -> Result<&'a [IoSlice<'a>], Errno> {
-    if !(0..=IOV_MAX).contains(&count) {
-        return Err(Errno::INVAL);
-    }
-    if count == 0 || iov.is_null() {
+    // SAFETY: the caller's promise.
+    if !unsafe { can_be_list(iov, count) }? {
         return Ok(&[]);
     }
     // SAFETY: IoSlice has the layout of an iovec; the caller promises `count` of them with valid buffers.
     Ok(unsafe { std::slice::from_raw_parts(iov.cast(), count as usize) })
+}
+
+/// Whether a list has entries.
+///
+/// # Errors
+///
+/// `INVAL` if it has too many, `FAULT` if it or one of its buffers is null.
+unsafe fn can_be_list(iov: *const iovec, count: c_int) -> Result<bool, Errno> {
+    if !(0..=IOV_MAX).contains(&count) {
+        return Err(Errno::INVAL);
+    }
+    if count == 0 {
+        return Ok(false);
+    }
+    if iov.is_null() {
+        return Err(Errno::FAULT);
+    }
+    // SAFETY: the caller promises so many.
+    let list = unsafe { std::slice::from_raw_parts(iov, count as usize) };
+    if list.iter().any(|one| one.iov_base.is_null() && one.iov_len > 0) {
+        Err(Errno::FAULT)
+    } else {
+        Ok(true)
+    }
+}
+
+/// The list of a message, of which the kernel says otherwise that it is too long.
+pub fn of_message<T>(list: Result<T, Errno>) -> Result<T, Errno> {
+    list.map_err(|error| if error == Errno::INVAL { Errno::MSGSIZE } else { error })
 }
 
 /// A scatter list.
@@ -57,14 +98,46 @@ pub unsafe fn gather<'a>(iov: *const iovec, count: c_int) -> Result<&'a [IoSlice
 ///
 /// `iov` names `count` valid, writable buffers.
 pub unsafe fn scatter<'a>(iov: *const iovec, count: c_int) -> Result<&'a mut [IoSliceMut<'a>], Errno> {
-    if !(0..=IOV_MAX).contains(&count) {
-        return Err(Errno::INVAL);
-    }
-    if count == 0 || iov.is_null() {
+    // SAFETY: the caller's promise.
+    if !unsafe { can_be_list(iov, count) }? {
         return Ok(&mut []);
     }
     // SAFETY: IoSliceMut has the layout of an iovec; the list itself is not written, only what it names.
     Ok(unsafe { std::slice::from_raw_parts_mut(iov.cast_mut().cast(), count as usize) })
+}
+
+/// How many bytes a list names; 0 if it is not one.
+///
+/// # Safety
+///
+/// `iov` names `count` buffers.
+pub unsafe fn length(iov: *const iovec, count: c_int) -> usize {
+    if iov.is_null() || !(1..=IOV_MAX).contains(&count) {
+        return 0;
+    }
+    // SAFETY: the caller promises so many.
+    let list = unsafe { std::slice::from_raw_parts(iov, count as usize) };
+    list.iter().fold(0, |sum, one| sum.saturating_add(one.iov_len))
+}
+
+/// Every descriptor that came with a message (`SCM_RIGHTS`).
+///
+/// # Safety
+///
+/// `msg` was received just now.
+pub unsafe fn each_passed(msg: *const libc::msghdr, f: impl Fn(c_int)) {
+    // SAFETY: the kernel has stored whole headers, as many as it says.
+    unsafe {
+        let mut head = libc::CMSG_FIRSTHDR(msg);
+        while let Some(one) = head.as_ref() {
+            if (one.cmsg_level, one.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+                let data = libc::CMSG_DATA(head).cast::<c_int>();
+                let room = one.cmsg_len.saturating_sub(libc::CMSG_LEN(0) as usize);
+                (0..room / size_of::<c_int>()).for_each(|n| f(data.add(n).read_unaligned()));
+            }
+            head = libc::CMSG_NXTHDR(msg, head);
+        }
+    }
 }
 
 /// A result as C wants it: the count, or -1 and errno.
@@ -85,6 +158,12 @@ pub fn sent(result: Result<usize, Errno>, quiet: bool) -> ssize_t {
         unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGPIPE) };
     }
     answer(result)
+}
+
+/// What errno is.
+pub fn errno() -> c_int {
+    // SAFETY: errno's place in this thread is always valid.
+    unsafe { *libc::__errno_location() }
 }
 
 /// Sets errno.
@@ -141,7 +220,7 @@ mod tests {
         // SAFETY: nothing is read of a list that is empty or refused.
         unsafe {
             assert_eq!(gather(std::ptr::null(), 0).map(<[_]>::len), Ok(0));
-            assert!(gather(std::ptr::null(), 1025).is_err());
+            assert!(gather(std::ptr::null(), 1025).is_err() && gather(std::ptr::null(), 1).is_err());
             assert!(scatter(std::ptr::null(), -1).is_err());
         }
     }

@@ -4,7 +4,6 @@
 //! for a condition that can be looked at: [`wait_until`] looks.
 #![allow(dead_code)] // each test file uses its part
 
-use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::SocketAddr;
@@ -110,7 +109,7 @@ pub struct Lab {
     pub name: String,
     bin: PathBuf,
     logs: PathBuf,
-    started: Cell<u32>,
+    started: AtomicU32,
 }
 
 impl Lab {
@@ -149,7 +148,7 @@ impl Lab {
         let _ = fs::remove_dir_all(&logs);
         fs::create_dir_all(&logs).expect("a directory for logs under target");
         let bin = std::env::var_os("VSOCKET_BIN").map_or_else(profile_dir, PathBuf::from);
-        Self { name, bin, logs, started: Cell::new(0) }
+        Self { name, bin, logs, started: AtomicU32::new(0) }
     }
 
     fn command(&self, args: &[&str]) -> Command {
@@ -222,7 +221,7 @@ impl Lab {
 
     /// Starts a program: `verb` is `run` or `exec`.
     pub fn start(&self, verb: &str, guest: &str, command: &[&str]) -> Program {
-        let n = self.started.replace(self.started.get() + 1);
+        let n = self.started.fetch_add(1, Ordering::Relaxed);
         let program =
             std::path::Path::new(command[0]).file_name().and_then(|name| name.to_str()).unwrap_or("program");
         let base = format!("{n:02}-{guest}-{verb}-{program}");

@@ -21,14 +21,27 @@ impl Endpoint<'_> {
     /// `AGAIN` if nothing is there, else what `recv(2)` would say.
     pub fn recv(&self, bufs: &mut [IoSliceMut<'_>], peek: bool, look: bool) -> Result<usize> {
         let mut ended = 0;
+        let shut = self.record.is(status::RX_SHUT);
         let got = {
             let mut rx = self.lock_rx()?;
-            let got = self.recv_locked(&mut rx, bufs, peek, look, &mut ended);
+            let (source, before) = (rx.source(), std::mem::discriminant(&rx.source()));
+            let mut got = self.recv_locked(&mut rx, bufs, peek, look || shut, &mut ended);
+            if let (Ok(n @ 1..), false) = (got, peek || std::mem::discriminant(&rx.source()) == before) {
+                got = Ok(n + self.recv_beyond(&mut rx, bufs, n));
+            }
+            if let (Ok(n @ 1..), true, Source::Raw { .. }) = (got, peek, source) {
+                got = Ok(n + self.peek_beyond(&rx, bufs, n));
+            }
             self.settle_rx(&rx);
             match got {
                 // A socket that was aborted here is not connected any more; the application knows only of the reset, and
                 // hears of it once, as from the kernel.
                 Err(Errno::NOTCONN | Errno::CONNRESET) if self.record.is(status::BROKEN) => {
+                    if self.record.take(status::UNTOLD) { Err(Errno::CONNRESET) } else { Ok(0) }
+                }
+                Err(Errno::AGAIN) if shut => Ok(0),
+                // Behind the end of the stream nobody is told of a reset.
+                Ok(0) if self.record.is(status::BROKEN) && !self.record.is(status::RX_EOF) => {
                     if self.record.take(status::UNTOLD) { Err(Errno::CONNRESET) } else { Ok(0) }
                 }
                 other => other,
@@ -39,6 +52,40 @@ impl Endpoint<'_> {
             let _ = self.leave(ended);
         }
         got
+    }
+
+    /// Bytes have come from one carrier up to where the other goes on: what that has is received by the same call.
+    fn recv_beyond(&self, rx: &mut Guard<'_, RxState>, bufs: &mut [IoSliceMut<'_>], done: usize) -> usize {
+        let there = match rx.source() {
+            Source::Ring { .. } => self.bound_for(rx.generation).and_then(|b| b.rx().available(rx.off).ok()),
+            Source::Raw { .. } => kernel::unread(self.anchor).ok().map(|n| n as usize),
+            Source::Residue { .. } => None,
+        };
+        if there.unwrap_or(0) == 0 {
+            return 0;
+        }
+        let mut rest = after(bufs, done);
+        if rest.iter().all(|buf| buf.is_empty()) {
+            return 0;
+        }
+        self.recv_locked(rx, &mut rest, false, false, &mut 0).unwrap_or(0)
+    }
+
+    /// All raw bytes before the ring's were peeked: so are those.
+    fn peek_beyond(&self, rx: &RxState, bufs: &mut [IoSliceMut<'_>], done: usize) -> usize {
+        let Source::Raw { drop: 0, limit, guarded: true } = rx.source() else { return 0 };
+        let Some(bound) = self.bound_for(rx.generation).filter(|_| rx.knows_stay() && limit == done as u64)
+        else {
+            return 0;
+        };
+        let ready = bound.rx().available(rx.start).unwrap_or(0);
+        let mut copied = 0;
+        for buf in after(bufs, done) {
+            let n = buf.len().min(ready - copied);
+            bound.rx().bytes.get(rx.start.wrapping_add(copied as u64), &mut { buf }[..n]);
+            copied += n;
+        }
+        copied
     }
 
     /// The anchor has something to say: looks whether the stay has ended.
@@ -66,7 +113,6 @@ impl Endpoint<'_> {
         look: bool,
         ended: &mut u32,
     ) -> Result<usize> {
-        let want: usize = bufs.iter().map(|b| b.len()).sum();
         loop {
             if self.record.is(status::RX_EOF) {
                 return Ok(0);
@@ -77,7 +123,7 @@ impl Endpoint<'_> {
                         return Err(self.violated(Violation::Phase));
                     };
                     let ready = bound.rx().available(rx.off).map_err(|_| self.violated(Violation::Index))?;
-                    if ready > 0 || want == 0 {
+                    if ready > 0 {
                         return Ok(self.take_ring(rx, bound, bufs, ready, peek));
                     }
                     if self.record.is(status::BROKEN) {
@@ -154,7 +200,7 @@ impl Endpoint<'_> {
         let ready = bound.rx().available(rx.off).map_err(|_| self.violated(Violation::Index))?;
         let n = match peeked {
             // The application itself may have shut it for reading.
-            Ok(0) if ready == 0 && !self.record.is(status::RX_EOF) => {
+            Ok(0) if ready == 0 && !self.record.is(status::RX_EOF | status::RX_SHUT) => {
                 // The kernel's FIN without a REWIND: the whole guest, or its agent and program, died.
                 self.broken();
                 return Err(Errno::CONNRESET);
@@ -196,7 +242,7 @@ impl Endpoint<'_> {
         let n = recv_clipped(self.anchor, bufs, limit, flags)?;
         if !peek {
             if n == 0 && bufs.iter().any(|b| !b.is_empty()) {
-                self.record.set_status(status::RX_EOF, status::RX_EOF);
+                self.saw_end();
             }
             rx.took_raw(n as u64);
         }
@@ -219,8 +265,14 @@ impl Endpoint<'_> {
             return match recv_anchor(self.anchor, &mut one, RecvFlags::PEEK) {
                 Ok(0) => {
                     self.learn(rx);
+                    if self.record.is(status::RX_SHUT) {
+                        return Err(Errno::AGAIN);
+                    }
+                    if self.record.is(status::BROKEN) {
+                        return Ok(Some(0));
+                    }
                     if matches!(rx.source(), Source::Raw { .. }) {
-                        self.record.set_status(status::RX_EOF, status::RX_EOF);
+                        self.saw_end();
                     }
                     Ok(None)
                 }
@@ -234,7 +286,12 @@ impl Endpoint<'_> {
             let most = drop.min(limit).min(scratch.len() as u64) as usize;
             let n = recv_anchor(self.anchor, &mut scratch[..most], RecvFlags::empty())?;
             if n == 0 {
-                self.record.set_status(status::RX_EOF, status::RX_EOF);
+                self.saw_end();
+                return match (self.record.is(status::RX_SHUT), self.record.is(status::BROKEN)) {
+                    (true, _) => Err(Errno::AGAIN),
+                    (_, true) => Ok(Some(0)),
+                    _ => Ok(None),
+                };
             }
             rx.took_raw(n as u64);
             None
@@ -244,6 +301,14 @@ impl Endpoint<'_> {
         // A stay that begins below what was just read was cancelled before we saw it.
         self.learn(rx);
         Ok(n)
+    }
+
+    /// The anchor has nothing more. That is the end of the stream, unless the application itself has shut it for reading:
+    /// then more may still come. A reset is told otherwise.
+    fn saw_end(&self) {
+        if !self.record.is(status::RX_SHUT | status::BROKEN) {
+            self.record.set_status(status::RX_EOF, status::RX_EOF);
+        }
     }
 
     pub(super) fn learn(&self, rx: &mut RxState) {
@@ -265,18 +330,41 @@ impl Endpoint<'_> {
     }
 }
 
+/// What is left of the buffers behind so many bytes.
+fn after<'a>(bufs: &'a mut [IoSliceMut<'_>], mut skip: usize) -> Vec<IoSliceMut<'a>> {
+    let mut rest = Vec::with_capacity(bufs.len());
+    for buf in bufs {
+        let from = skip.min(buf.len());
+        skip -= from;
+        rest.push(IoSliceMut::new(&mut buf[from..]));
+    }
+    rest
+}
+
 /// Receives at most `limit` bytes into the buffers.
-fn recv_clipped(
+fn recv_clipped<'a>(
     anchor: BorrowedFd<'_>,
-    bufs: &mut [IoSliceMut<'_>],
+    bufs: &'a mut [IoSliceMut<'_>],
     limit: u64,
     flags: RecvFlags,
 ) -> Result<usize> {
     let total: u64 = bufs.iter().map(|b| b.len() as u64).sum();
-    if total > limit || bufs.len() == 1 {
-        // One buffer is enough for progress; the caller asks again for the rest.
+    if total > limit && bufs.len() > 1 {
+        let mut left = limit;
+        let clip = |buf: &'a mut IoSliceMut<'_>| {
+            let n = left.min(buf.len() as u64);
+            left -= n;
+            IoSliceMut::new(&mut buf[..n as usize])
+        };
+        let mut clipped: Vec<IoSliceMut<'_>> = bufs.iter_mut().map(clip).collect();
+        let mut control = rustix::net::RecvAncillaryBuffer::default();
+        let flags = flags | RecvFlags::DONTWAIT;
+        return rustix::net::recvmsg(anchor, &mut clipped, &mut control, flags).map(|m| m.bytes);
+    }
+    if bufs.len() <= 1 {
         let first = bufs.iter_mut().find(|b| !b.is_empty());
-        let Some(first) = first else { return Ok(0) };
+        // Also without room the kernel says whether anything is there.
+        let Some(first) = first else { return recv_anchor(anchor, &mut [], flags) };
         let most = (first.len() as u64).min(limit) as usize;
         return recv_anchor(anchor, &mut first[..most], flags);
     }

@@ -21,7 +21,10 @@ impl Endpoint<'_> {
     pub fn send(&self, bufs: &[IoSlice<'_>], flags: SendFlags) -> Result<usize> {
         let sent = self.lock_tx().and_then(|mut tx| self.send_locked(&mut tx, bufs, flags));
         match sent {
-            Err(error) if error != Errno::AGAIN && self.record.take(status::UNTOLD) => Err(Errno::CONNRESET),
+            Err(error) if error != Errno::AGAIN && self.record.take(status::UNTOLD) => {
+                // As the kernel names a reset that comes behind the end of the stream.
+                Err(if self.record.is(status::RX_EOF) { Errno::PIPE } else { Errno::CONNRESET })
+            }
             other => other,
         }
     }
@@ -67,8 +70,12 @@ impl Endpoint<'_> {
         let Some(bound) = self.bound_for(tx.generation) else { return Err(self.violated(Violation::Phase)) };
         let ring = bound.tx();
         if ring.indices.reader.closed.load(Ordering::Relaxed) != 0 {
+            // Nobody will read it. The kernel would take these bytes, and hear of the reset that they bring afterwards.
+            if kernel::peer_has_shut(self.anchor) && self.unread() == Some(0) {
+                self.record.set_status(status::RX_EOF, status::RX_EOF);
+            }
             self.break_off();
-            return Err(Errno::CONNRESET);
+            return Ok(len);
         }
         let mut space = bound.tx_space(tx.off, len).map_err(|_| self.violated(Violation::Index))?;
         if space == 0 && len > 0 {
@@ -231,6 +238,15 @@ impl Endpoint<'_> {
             Phase::Draining => self.pump(&mut tx),
             _ => Ok(true),
         }
+    }
+
+    /// Leaves the ring for good, before something that only the anchor can carry.
+    ///
+    /// # Errors
+    ///
+    /// `AGAIN` while something must be drained first.
+    pub fn stay_on_anchor(&self) -> Result<()> {
+        if self.leave(u32::MAX)? { Ok(()) } else { Err(Errno::AGAIN) }
     }
 
     /// Goes on draining, if the sender drains. True when nothing is left.

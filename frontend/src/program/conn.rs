@@ -6,8 +6,11 @@ use crate::endpoint::Endpoint;
 use crate::memory::{Bound, Records};
 use crate::record::Record;
 use rustix::fd::{BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+
+/// In nanoseconds.
+const LOOKS_EVERY: u64 = 50_000;
 
 /// A connection. The objects are pooled and never freed, so a stale pointer names at worst another connection, which
 /// the table's second look finds out.
@@ -34,6 +37,10 @@ pub struct Conn {
     pub blocked: AtomicU32,
     /// How long the next spin may be, in nanoseconds.
     pub spin: AtomicU32,
+    /// When a call that does not wait last looked at the anchor.
+    looked: AtomicU64,
+    /// Fewer bytes are no readiness, unless they are the last (`SO_RCVLOWAT`).
+    pub least: AtomicU32,
     rest: Mutex<Rest>,
     /// Its places in epoll sets.
     members: Mutex<Vec<Arc<Member>>>,
@@ -101,6 +108,7 @@ impl Conn {
         conn.index.store(index, Ordering::Relaxed);
         conn.names.store(1, Ordering::Relaxed);
         conn.left.store(0, Ordering::Relaxed);
+        conn.least.store(1, Ordering::Relaxed);
         conn.kernel_in.store(1, Ordering::Relaxed);
         conn.kernel_out.store(1, Ordering::Relaxed);
         conn.spin.store(super::wait::SPIN_MAX, Ordering::Relaxed);
@@ -127,6 +135,8 @@ impl Conn {
             kernel_out: AtomicU32::new(0),
             blocked: AtomicU32::new(0),
             spin: AtomicU32::new(0),
+            looked: AtomicU64::new(0),
+            least: AtomicU32::new(1),
             rest: Mutex::new(Rest::default()),
             members: Mutex::new(Vec::new()),
             memberships: AtomicU32::new(0),
@@ -182,6 +192,22 @@ impl Conn {
             self.stir();
         }
         done
+    }
+
+    /// Whether a call that does not wait is to look at the anchor as well: now and then, since what ends a stay on a fabric
+    /// lane comes there, and the program may never wait.
+    pub fn looks_now(&self) -> bool {
+        let now = super::wait::clock();
+        let due = now.wrapping_sub(self.looked.load(Ordering::Relaxed)) >= LOOKS_EVERY;
+        if due {
+            self.looked.store(now, Ordering::Relaxed);
+        }
+        due
+    }
+
+    /// Whether it stands in more than one place of epoll sets.
+    pub fn is_member_twice(&self) -> bool {
+        self.memberships.load(Ordering::Acquire) > 1
     }
 
     /// The record.

@@ -50,6 +50,8 @@ pub struct EpollSet {
     control: AtomicBool,
     spin: AtomicU32,
     kernel_turn: AtomicU64,
+    /// The kernel's events left no room for ours, which come first at the next look.
+    crowded: AtomicBool,
     inner: Mutex<Inner>,
     /// Connections that have changed otherwise than by the kernel and the far end, by descriptor and serial number.
     stirred: Mutex<Vec<(i32, u32)>>,
@@ -149,6 +151,12 @@ pub fn ctl(epfd: i32, op: i32, fd: i32, event: Option<(u32, u64)>) -> Outcome<i3
     let Some(set) = set_of(epfd) else { return Outcome::Bypass };
     let Ok(mut inner) = set.inner.lock() else { return Outcome::Bypass };
     let interest = event.map(|(events, data)| Interest { events, data });
+    if interest.is_none() && matches!(op, libc::EPOLL_CTL_ADD | libc::EPOLL_CTL_MOD) {
+        return Outcome::Done(Err(Errno::FAULT));
+    }
+    if interest.is_some_and(|interest| !interest.is_allowed(op)) {
+        return Outcome::Done(Err(Errno::INVAL));
+    }
     let known = inner.find(fd);
     if let Some(at) = known.filter(|at| inner.hot(*at).names(slot.conn_ptr())) {
         // In the set already: the set's own reference keeps the connection.
@@ -187,6 +195,7 @@ impl EpollSet {
             control: AtomicBool::new(false),
             spin: AtomicU32::new(wait::SPIN_MAX),
             kernel_turn: AtomicU64::new(0),
+            crowded: AtomicBool::new(false),
             inner: Mutex::new(Inner::new(bell)),
             stirred: Mutex::default(),
             stir: AtomicBool::new(false),
@@ -237,7 +246,12 @@ impl EpollSet {
         // SAFETY: the application's descriptor, in a call on it or under its table entry.
         let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
         self.ours.store(true, Ordering::Release);
-        if present {
+        let exclusive = interest.events as i32 & libc::EPOLLEXCLUSIVE != 0;
+        if present && exclusive {
+            // What is exclusive cannot be changed.
+            epoll::delete(self.as_fd(), anchor)?;
+            epoll::add(self.as_fd(), anchor, data, flags)?;
+        } else if present {
             epoll::modify(self.as_fd(), anchor, data, flags)?;
         } else {
             epoll::add(self.as_fd(), anchor, data, flags)?;
@@ -424,6 +438,12 @@ impl EpollSet {
         zero: Option<Timespec>,
     ) -> Result<usize, Errno> {
         let mut inner = self.looking()?;
+        if self.crowded.swap(false, Ordering::Relaxed) {
+            let n = self.harvest(&mut inner, out, true);
+            if n > 0 {
+                return Ok(n);
+            }
+        }
         if self.kernels_turn() {
             inner.cool(self.last_turn());
         } else {
@@ -434,6 +454,7 @@ impl EpollSet {
         }
         let got = real(out, zero)?;
         let n = self.sift(&mut inner, out, got);
+        self.crowded.store(n == out.len(), Ordering::Relaxed);
         Ok(n + self.harvest(&mut inner, &mut out[n..], true))
     }
 

@@ -33,9 +33,37 @@ fn remaining(deadline: Option<Instant>) -> Option<Timespec> {
 fn is_ready(conn: &ConnRef, want: Want) -> Option<bool> {
     let endpoint = conn.endpoint();
     match want {
-        Want::Read => endpoint.readable(),
+        Want::Read => is_readable(conn),
         Want::Write => endpoint.writable(),
     }
+}
+
+/// Whether the ring side has as much as `SO_RCVLOWAT` asks for, or all there will be. `None`: the anchor decides.
+fn is_readable(conn: &ConnRef) -> Option<bool> {
+    let endpoint = conn.endpoint();
+    let readable = endpoint.readable()?;
+    let least = conn.least.load(Ordering::Relaxed) as usize;
+    if !readable
+        || least <= 1
+        || !endpoint.record.is(status::RX_RING)
+        || has_ended(conn.anchor(), Duration::ZERO)
+    {
+        return Some(readable);
+    }
+    Some(endpoint.unread().is_none_or(|there| there >= least))
+}
+
+/// Whether the peer's FIN has come, or a reset, or comes within a time.
+pub fn has_ended(anchor: BorrowedFd<'_>, limit: Duration) -> bool {
+    let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
+    let mut one = [PollFd::from_borrowed_fd(anchor, PollFlags::RDHUP)];
+    rustix::event::poll(&mut one, Some(&limit)).unwrap_or(1) > 0
+}
+
+/// The same of a descriptor; also if a signal came.
+pub fn ends_within(fd: i32, limit: Duration) -> bool {
+    // SAFETY: the application's descriptor, in a call on it.
+    has_ended(unsafe { BorrowedFd::borrow_raw(fd) }, limit)
 }
 
 /// Waits until a descriptor may be ready. True if the anchor had something to say.
@@ -135,17 +163,23 @@ pub fn anchor_decides(conn: &ConnRef, interest: PollFlags) -> PollFlags {
 pub fn ring_events(conn: &ConnRef, interest: PollFlags) -> PollFlags {
     let endpoint = conn.endpoint();
     let mut events = PollFlags::empty();
-    if endpoint.readable() == Some(true) {
+    if is_readable(conn) == Some(true) {
         events |= interest & (PollFlags::IN | PollFlags::RDNORM);
     }
     if endpoint.writable() == Some(true) {
         events |= interest & (PollFlags::OUT | PollFlags::WRNORM);
     }
-    if endpoint.record.is(status::RX_EOF) {
+    let bits = endpoint.record.status.load(Ordering::Acquire);
+    let broken = bits & status::BROKEN != 0;
+    let ended = bits & (status::RX_EOF | status::RX_SHUT) != 0;
+    if ended || broken {
         events |= interest & PollFlags::RDHUP;
     }
-    if endpoint.record.is(status::BROKEN) {
-        events |= PollFlags::ERR | PollFlags::HUP;
+    if broken || ended && bits & (status::TX_SHUT | status::TX_STATE) == status::TX_SHUT {
+        events |= PollFlags::HUP;
+    }
+    if broken && bits & status::UNTOLD != 0 {
+        events |= PollFlags::ERR;
     }
     events
 }
@@ -163,7 +197,7 @@ pub fn events_now(conn: &ConnRef, interest: PollFlags) -> (PollFlags, bool) {
         client::tell_left(conn);
     }
     if ring {
-        wanted |= PollFlags::IN;
+        wanted |= PollFlags::IN | (interest & (PollFlags::RDHUP | PollFlags::PRI));
     }
     let mut one = [PollFd::new(conn, wanted)];
     let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -172,6 +206,16 @@ pub fn events_now(conn: &ConnRef, interest: PollFlags) -> (PollFlags, bool) {
     }
     let mut pending = false;
     let mut said = one[0].revents();
+    if said.contains(PollFlags::ERR | PollFlags::HUP) && conn.record().is(status::TX_RING) {
+        // Nothing that goes into the ring arrives any more.
+        conn.endpoint().broken();
+        events |= ring_events(conn, interest);
+    }
+    let bits = conn.record().status.load(Ordering::Acquire);
+    if bits & status::BROKEN != 0 && bits & status::UNTOLD == 0 {
+        // The application was told otherwise than by the kernel, which still has it.
+        said -= PollFlags::ERR;
+    }
     if ring && said.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
         let on_ring = conn.record().is(status::TX_RING);
         conn.endpoint().attend();
@@ -180,8 +224,14 @@ pub fn events_now(conn: &ConnRef, interest: PollFlags) -> (PollFlags, bool) {
         events |= ring_events(conn, interest);
         if conn.record().is(status::RX_RING) {
             // Still on the ring: what the anchor says is not the application's yet.
+            // But when the kernel has the far end's FIN, all of the stream is there.
             pending = true;
-            said -= PollFlags::IN | PollFlags::HUP | PollFlags::RDHUP | PollFlags::RDNORM;
+            // Whoever next finds the ring empty looks there.
+            conn.kernel_in.store(1, Ordering::Release);
+            if said.contains(PollFlags::ERR | PollFlags::HUP) {
+                conn.endpoint().broken();
+            }
+            said -= PollFlags::IN | PollFlags::RDNORM;
         }
     }
     (events | (said & (interest | PollFlags::ERR | PollFlags::HUP)), pending)
@@ -303,7 +353,11 @@ fn serve(
                 kernel[*i].fd = fds[*i].fd;
                 let mut wanted = anchor_decides(conn, flags_of(fds[*i].events));
                 if conn.record().is(status::RX_RING) {
-                    wanted |= PollFlags::IN;
+                    wanted |= flags_of(fds[*i].events) & PollFlags::RDHUP;
+                    // While the ring has something, what stands on the anchor waits, and would keep us from sleeping.
+                    if conn.endpoint().readable() != Some(true) {
+                        wanted |= PollFlags::IN;
+                    }
                 }
                 if conn.record().is(status::TX_DRAINING) {
                     wanted |= PollFlags::OUT;

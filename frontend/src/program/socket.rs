@@ -94,6 +94,11 @@ pub fn sending(fd: i32) -> Route {
     route(fd, SENT)
 }
 
+/// How `splice` from a descriptor is to be served.
+pub fn splicing(fd: i32) -> Route {
+    route(fd, RECEIVED)
+}
+
 /// Whether the descriptor has a connection object: then special calls must be served or refused, not passed on.
 pub fn held(fd: i32) -> Option<ConnRef> {
     table::followed(fd)?.conn()
@@ -106,7 +111,8 @@ pub fn is_followed(fd: i32) -> bool {
 
 /// A call moves bytes that cannot be counted: a descriptor without a connection object is not followed any more.
 pub fn leave_alone(fd: i32) {
-    if let Some(slot) = table::followed(fd).filter(|s| s.phase.load(Ordering::Relaxed) < table::OPENING) {
+    // One whose answer is outstanding is not taken when it comes.
+    if let Some(slot) = table::followed(fd).filter(|s| s.phase.load(Ordering::Relaxed) < table::HELD) {
         slot.phase.store(table::NONE, Ordering::Relaxed);
     }
 }
@@ -168,7 +174,12 @@ fn raw<T>(slot: &Slot, direction: u8, call: impl FnOnce() -> Result<usize, T>) -
 /// Sends as `send(2)` does. Nothing of `bufs` is kept.
 pub fn send(fd: i32, slot: &'static Slot, bufs: &[IoSlice<'_>], flags: SendFlags) -> Result<usize, Errno> {
     let total: usize = bufs.iter().map(|b| b.len()).sum();
+    if flags.contains(SendFlags::from_bits_retain(libc::MSG_ZEROCOPY as u32)) && completes(fd) {
+        // The program waits for the kernel's word that its buffer is free: it is told to send without.
+        return Err(Errno::NOBUFS);
+    }
     let nonblocking = flags.contains(SendFlags::DONTWAIT);
+    let urgent = flags.contains(SendFlags::OOB);
     let mut done = 0;
     loop {
         let rest;
@@ -181,6 +192,10 @@ pub fn send(fd: i32, slot: &'static Slot, bufs: &[IoSlice<'_>], flags: SendFlags
         let sent = waiting(fd, slot, Want::Write, nonblocking, |_| {
             loop {
                 if let Some(conn) = slot.conn() {
+                    if urgent {
+                        // Only TCP has urgent bytes; its counters then differ from ours, and it stays there.
+                        conn.endpoint().stay_on_anchor()?;
+                    }
                     let got = conn.stirring(|| conn.endpoint().send(piece, flags));
                     if got == Err(Errno::AGAIN) || got.is_ok_and(|n| n < total - done) {
                         blocked(&conn);
@@ -215,6 +230,13 @@ pub fn send(fd: i32, slot: &'static Slot, bufs: &[IoSlice<'_>], flags: SendFlags
             return Ok(done);
         }
     }
+}
+
+/// Whether the kernel is to report sends without copying (`SO_ZEROCOPY`).
+fn completes(fd: i32) -> bool {
+    // SAFETY: the application's descriptor, in a call on it.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    kernel::reports_completions(fd)
 }
 
 /// A send took less than it was given: from now on room is a new edge.
@@ -273,16 +295,33 @@ pub fn recv(
     flags: RecvFlags,
 ) -> Result<usize, Errno> {
     let total: usize = bufs.iter().map(|b| b.len()).sum();
-    let nonblocking = flags.contains(RecvFlags::DONTWAIT);
+    if flags.contains(RecvFlags::TRUNC) {
+        // TCP takes the bytes, and gives them to nobody.
+        let mut nowhere = vec![0; total.min(1 << 20)];
+        return recv(fd, slot, &mut [IoSliceMut::new(&mut nowhere)], flags - RecvFlags::TRUNC);
+    }
+    let nonblocking = flags.contains(RecvFlags::DONTWAIT) || slot.nonblocking(fd);
     let peek = flags.contains(RecvFlags::PEEK);
-    let all = flags.contains(RecvFlags::WAITALL) && !peek && !nonblocking;
+    let least = slot.conn().map_or(1, |conn| conn.least.load(Ordering::Relaxed) as usize);
+    let target = match (nonblocking, flags.contains(RecvFlags::WAITALL)) {
+        (true, _) => 0,
+        (_, true) => total,
+        _ => least.min(total),
+    };
     let mut done = recv_some(fd, slot, bufs, flags, (nonblocking, peek))?;
-    while all && done > 0 && done < total {
+    if peek && done > 0 && done < target {
+        return peek_all(fd, slot, bufs, flags, target);
+    }
+    while done > 0 && done < target {
         match recv_some(fd, slot, &mut after_mut(bufs, done), flags, (nonblocking, peek)) {
             Ok(n) if n > 0 => done += n,
             Ok(_) => break,
-            Err(_) => {
+            Err(error) => {
                 if let Some(conn) = slot.conn() {
+                    if error == Errno::CONNRESET {
+                        // The kernel has told it, and will not again.
+                        conn.endpoint().broken();
+                    }
                     conn.endpoint().tell_later();
                 }
                 break;
@@ -290,6 +329,27 @@ pub fn recv(
         }
     }
     Ok(done)
+}
+
+/// Peeks until so much is there, or no more will come. What is there already is no event to wait for, so it is looked
+/// at again after moments; nobody waits so on a path that matters.
+fn peek_all(
+    fd: i32,
+    slot: &'static Slot,
+    bufs: &mut [IoSliceMut<'_>],
+    flags: RecvFlags,
+    target: usize,
+) -> Result<usize, Errno> {
+    let end = timeout(fd, rustix::net::sockopt::Timeout::Recv);
+    loop {
+        let done = recv_some(fd, slot, bufs, flags, (true, true))?;
+        if done >= target || done == 0 || end.is_some_and(|end| end <= Instant::now()) {
+            return Ok(done);
+        }
+        if poll::ends_within(fd, Duration::from_millis(1)) {
+            return recv_some(fd, slot, bufs, flags, (true, true));
+        }
+    }
 }
 
 fn recv_some(
@@ -302,7 +362,8 @@ fn recv_some(
     waiting(fd, slot, Want::Read, nonblocking, |look| {
         loop {
             if let Some(conn) = slot.conn() {
-                return recv_conn(&conn, bufs, peek, look);
+                let quick = nonblocking || slot.nonblocking(fd);
+                return recv_conn(&conn, bufs, peek, look, quick);
             }
             // SAFETY: the application's descriptor, in a call on it.
             let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
@@ -328,19 +389,32 @@ fn after_mut<'a>(bufs: &'a mut [IoSliceMut<'_>], mut skip: usize) -> Vec<IoSlice
     rest
 }
 
-fn recv_conn(conn: &ConnRef, bufs: &mut [IoSliceMut<'_>], peek: bool, look: bool) -> Result<usize, Errno> {
+fn recv_conn(
+    conn: &ConnRef,
+    bufs: &mut [IoSliceMut<'_>],
+    peek: bool,
+    look: bool,
+    quick: bool,
+) -> Result<usize, Errno> {
     // Cleared before the read: an edge that comes meanwhile stays.
     let edge = conn.kernel_in.load(Ordering::Relaxed) != 0 && conn.kernel_in.swap(0, Ordering::AcqRel) != 0;
     let on_ring = conn.record().is(status::TX_RING);
-    let got = conn.stirring(|| conn.endpoint().recv(bufs, peek, look || edge));
+    let mut got = conn.stirring(|| conn.endpoint().recv(bufs, peek, look || edge));
+    if got == Err(Errno::AGAIN) && quick && !(look || edge) && on_lane(conn) && conn.looks_now() {
+        got = conn.stirring(|| conn.endpoint().recv(bufs, peek, true));
+    }
     wait::kick_if_left(conn, on_ring);
     // On the ring an edge stays until the ring is empty and the anchor was looked at; off it, more may be there.
-    if got.is_ok() && (edge || !conn.record().is(status::RX_RING)) {
+    if got != Err(Errno::AGAIN) && (edge || !conn.record().is(status::RX_RING)) {
         conn.kernel_in.store(1, Ordering::Release);
         conn.stir();
     }
     client::tell_left(conn);
     got
+}
+
+fn on_lane(conn: &ConnRef) -> bool {
+    conn.record().is(status::RX_RING)
 }
 
 /// `close(2)` was called: forgets the number before the kernel does. What the connection still owes is the agent's.
@@ -399,6 +473,19 @@ pub fn duplicated(old: i32, new: i32) {
     }
 }
 
+/// A descriptor came from elsewhere (`SCM_RIGHTS`): if it is a connection that this process has, it is one more number
+/// for it.
+pub fn passed(fd: i32) {
+    // SAFETY: the application's descriptor, which it has just received.
+    let cookie = |fd| rustix::net::sockopt::socket_cookie(unsafe { BorrowedFd::borrow_raw(fd) }).ok();
+    let Some(wanted) = cookie(fd) else { return };
+    let held = table::all().filter(|(_, slot)| !slot.conn_ptr().is_null());
+    let old = held.map(|(old, _)| old).find(|old| *old != fd && cookie(*old) == Some(wanted));
+    if let Some(old) = old {
+        duplicated(old, fd);
+    }
+}
+
 /// A new connection came into being under this number.
 pub fn appeared(fd: i32, connector: bool) {
     let Some(slot) = table::slot(fd) else { return };
@@ -418,9 +505,22 @@ pub fn shutdown(fd: i32, read: bool, write: bool) -> Outcome<i32> {
 
 fn shut(conn: &ConnRef, read: bool, write: bool) -> Outcome<i32> {
     let endpoint = conn.endpoint();
+    if endpoint.record.is(status::BROKEN) {
+        // What the kernel says of a socket that is connected no more.
+        let said = rustix::net::shutdown(conn.anchor(), rustix::net::Shutdown::Write);
+        return Outcome::Done(said.map(|()| 0));
+    }
     if read {
-        endpoint.record.set_status(status::RX_EOF, status::RX_EOF);
-        let _ = rustix::net::shutdown(conn.anchor(), rustix::net::Shutdown::Read);
+        // First: who waits finds the anchor at its end, and is to know why.
+        endpoint.record.set_status(status::RX_SHUT, status::RX_SHUT);
+        if let Err(error) = rustix::net::shutdown(conn.anchor(), rustix::net::Shutdown::Read) {
+            endpoint.record.set_status(status::RX_SHUT, 0);
+            return Outcome::Done(Err(error));
+        }
+    }
+    if write && endpoint.record.is(status::TX_SHUT) && !endpoint.record.is(status::TX_DRAINING) {
+        let again = rustix::net::shutdown(conn.anchor(), rustix::net::Shutdown::Write);
+        return Outcome::Done(again.map(|()| 0));
     }
     if write && !endpoint.record.is(status::TX_SHUT) {
         match endpoint.shut() {
@@ -438,11 +538,22 @@ pub fn unread(fd: i32) -> Option<usize> {
     let conn = held(fd)?;
     let endpoint = conn.endpoint();
     let record = endpoint.record;
-    if record.is(status::RX_RING) {
-        let bound = endpoint.bound?;
-        return bound.rx().available(record.rx_off.load(Ordering::Relaxed)).ok();
+    if record.is(status::RX_STATE) { endpoint.unread() } else { None }
+}
+
+/// `SO_ERROR` of a connection that was reset in a way that the kernel does not know of: told once, as from the kernel.
+pub fn error_told(fd: i32) -> bool {
+    held(fd).is_some_and(|conn| conn.record().is(status::BROKEN) && conn.record().take(status::UNTOLD))
+}
+
+/// The application has asked that no fewer bytes be received (`SO_RCVLOWAT`).
+pub fn receive_least(fd: i32, least: i32) {
+    match held(fd) {
+        Some(conn) => conn.least.store(least.max(1) as u32, Ordering::Relaxed),
+        // The kernel knows; a connection object is told when it is made.
+        None if least > 1 => leave_alone(fd),
+        None => {}
     }
-    None
 }
 
 /// Descriptors from `first` to `last` are about to be closed.
@@ -462,7 +573,11 @@ pub fn is_open(fd: i32) -> bool {
 
 /// The application has changed the descriptor's mode.
 pub fn set_nonblocking(fd: i32, set: bool) {
-    if let Some(slot) = table::followed(fd) {
-        slot.set_nonblocking(set);
+    let Some(slot) = table::followed(fd) else { return };
+    slot.set_nonblocking(set);
+    // The mode is the open file's, and so every duplicate's.
+    if let Some(conn) = slot.conn().filter(|conn| conn.names.load(Ordering::Relaxed) > 1) {
+        let twins = table::all().filter(|(_, twin)| std::ptr::eq(twin.conn_ptr(), &raw const *conn));
+        twins.for_each(|(_, twin)| twin.set_nonblocking(set));
     }
 }

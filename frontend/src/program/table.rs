@@ -179,8 +179,9 @@ impl Slot {
     /// Whether the descriptor is in non-blocking mode.
     pub fn nonblocking(&self, fd: i32) -> bool {
         match self.nonblock.load(Ordering::Relaxed) {
-            1 => true,
-            2 => false,
+            // Another process may change the mode of what it shares.
+            1 if !super::wait::is_shared() => true,
+            2 if !super::wait::is_shared() => false,
             _ => {
                 // SAFETY: the application's own descriptor, in a call on it.
                 let fd = unsafe { rustix::fd::BorrowedFd::borrow_raw(fd) };

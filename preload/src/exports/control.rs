@@ -1,19 +1,21 @@
 //! The variadic functions, which redhook cannot express: stable Rust cannot define them, but on x86-64 and AArch64 Linux
 //! a variadic call passes its first arguments as a plain one does, so a plain definition with the widest argument serves.
 
-use libc::{c_int, c_ulong};
+use libc::{c_int, c_ulong, c_void, socklen_t};
 use std::sync::atomic::{AtomicPtr, Ordering};
 use vsocket_frontend::program::socket;
 
 /// The next function of a name, found once.
-struct Next(AtomicPtr<libc::c_void>, &'static std::ffi::CStr);
+pub struct Next(AtomicPtr<libc::c_void>, &'static std::ffi::CStr);
 
 impl Next {
-    const fn new(name: &'static std::ffi::CStr) -> Self {
+    /// The function of this name.
+    pub const fn new(name: &'static std::ffi::CStr) -> Self {
         Self(AtomicPtr::new(std::ptr::null_mut()), name)
     }
 
-    fn get(&self) -> *mut libc::c_void {
+    /// Where it is.
+    pub fn get(&self) -> *mut libc::c_void {
         let known = self.0.load(Ordering::Relaxed);
         if !known.is_null() {
             return known;
@@ -27,6 +29,8 @@ impl Next {
 
 static FCNTL: Next = Next::new(c"fcntl");
 static FCNTL64: Next = Next::new(c"fcntl64");
+static SETSOCKOPT: Next = Next::new(c"setsockopt");
+static GETSOCKOPT: Next = Next::new(c"getsockopt");
 static IOCTL: Next = Next::new(c"ioctl");
 
 type Fcntl = unsafe extern "C" fn(c_int, c_int, ...) -> c_int;
@@ -77,6 +81,57 @@ pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: usize) -> 
     if got >= 0 && request == libc::FIONBIO as c_ulong && argument != 0 {
         // SAFETY: FIONBIO's argument is the application's valid pointer to an int.
         socket::set_nonblocking(fd, unsafe { *(argument as *const c_int) } != 0);
+    }
+    got
+}
+
+type Setsockopt = unsafe extern "C" fn(c_int, c_int, c_int, *const c_void, socklen_t) -> c_int;
+
+/// `setsockopt(2)`: SO_RCVLOWAT, which rings are to keep to as well.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn setsockopt(
+    fd: c_int,
+    level: c_int,
+    name: c_int,
+    value: *const c_void,
+    len: socklen_t,
+) -> c_int {
+    // SAFETY: the symbol is setsockopt, of this type; the application's arguments, handed on.
+    let got = unsafe {
+        let real: Setsockopt = std::mem::transmute(SETSOCKOPT.get());
+        real(fd, level, name, value, len)
+    };
+    if got == 0 && (level, name) == (libc::SOL_SOCKET, libc::SO_RCVLOWAT) {
+        // SAFETY: the kernel has just read an int there.
+        socket::receive_least(fd, unsafe { value.cast::<c_int>().read_unaligned() });
+    }
+    got
+}
+
+type Getsockopt = unsafe extern "C" fn(c_int, c_int, c_int, *mut c_void, *mut socklen_t) -> c_int;
+
+/// `getsockopt(2)`: SO_ERROR of a connection that was reset on its lane.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn getsockopt(
+    fd: c_int,
+    level: c_int,
+    name: c_int,
+    value: *mut c_void,
+    len: *mut socklen_t,
+) -> c_int {
+    // SAFETY: the symbol is getsockopt, of this type; the application's arguments, handed on.
+    let got = unsafe {
+        let real: Getsockopt = std::mem::transmute(GETSOCKOPT.get());
+        real(fd, level, name, value, len)
+    };
+    if got == 0 && (level, name) == (libc::SOL_SOCKET, libc::SO_ERROR) && socket::error_told(fd) {
+        // SAFETY: the kernel has just stored an int there.
+        unsafe {
+            let place = value.cast::<c_int>();
+            if place.read_unaligned() == 0 && *len as usize == size_of::<c_int>() {
+                place.write_unaligned(libc::ECONNRESET);
+            }
+        }
     }
     got
 }

@@ -108,6 +108,10 @@ hook! { unsafe fn dup3(fd: c_int, to: c_int, flags: c_int) -> c_int => vs_dup3 {
 } }
 
 hook! { unsafe fn shutdown(fd: c_int, how: c_int) -> c_int => vs_shutdown {
+    if !(libc::SHUT_RD..=libc::SHUT_RDWR).contains(&how) {
+        // SAFETY: see above.
+        return unsafe { real!(shutdown)(fd, how) };
+    }
     let (read, write) = (how != libc::SHUT_WR, how != libc::SHUT_RD);
     match socket::shutdown(fd, read, write) {
         Outcome::Done(result) => args::answer(result.map(|n| n as usize)) as c_int,

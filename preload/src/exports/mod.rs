@@ -2,5 +2,7 @@
 
 mod control;
 mod lifetime;
+mod number;
 mod readiness;
+mod stdio;
 mod transfer;

@@ -82,7 +82,11 @@ hook! { unsafe fn __ppoll_chk(fds: *mut pollfd, n: nfds_t, limit: *const timespe
 hook! { unsafe fn select(n: c_int, r: *mut fd_set, w: *mut fd_set, e: *mut fd_set, limit: *mut timeval) -> c_int => vs_select {
     // SAFETY: see above.
     unsafe {
-        let timeout = limit.as_ref().map(|t| Duration::new(t.tv_sec.max(0) as u64, (t.tv_usec.clamp(0, 999_999) * 1000) as u32));
+        if n < 0 || limit.as_ref().is_some_and(|t| t.tv_sec < 0 || t.tv_usec < 0) {
+            return real!(select)(n, r, w, e, limit);
+        }
+        let micros = |t: &timeval| (t.tv_sec as u64).saturating_mul(1_000_000).saturating_add(t.tv_usec as u64);
+        let timeout = limit.as_ref().map(|t| Duration::from_micros(micros(t)));
         let deadline = polling::deadline(timeout);
         let real = |l: &mut [pollfd], left| real_ppoll(l, left, std::ptr::null());
         match polling::select(n, [r, w, e], deadline, real) {

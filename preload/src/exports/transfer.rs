@@ -6,7 +6,13 @@ use libc::{
 };
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
+use vsocket_frontend::program::pipes;
 use vsocket_frontend::program::socket::{self, Route};
+
+/// Whether a receiving call with these flags takes bytes of the stream.
+fn counts(flags: c_int) -> bool {
+    flags & (libc::MSG_PEEK | libc::MSG_OOB | libc::MSG_ERRQUEUE) == 0
+}
 
 /// Serves a receiving call, or makes the real one and counts it.
 macro_rules! receive {
@@ -14,17 +20,25 @@ macro_rules! receive {
         match socket::receiving($fd, RecvFlags::from_bits_retain($flags as c_uint)) {
             Err(error) => args::answer(Err(error)),
             Ok(Route::Kernel) => $real,
+            // Urgent bytes and completions of sends are queues of the kernel's own, whatever lane the stream is on.
+            Ok(Route::Served(_)) if $flags & (libc::MSG_ERRQUEUE | libc::MSG_OOB) != 0 => $real,
             Ok(Route::Counted(inside)) => {
                 let n = $real;
-                inside.returned(if $flags & libc::MSG_PEEK != 0 { 0 } else { n });
+                inside.returned(if counts($flags) { n } else { 0 });
                 n
             }
-            Ok(Route::Served(slot)) if $flags & libc::MSG_ERRQUEUE == 0 => {
+            Ok(Route::Served(slot)) => {
                 let flags = RecvFlags::from_bits_retain($flags as c_uint);
                 args::answer($bufs.and_then(|bufs| socket::recv($fd, slot, bufs, flags)))
             }
-            Ok(Route::Served(_)) => args::answer(Err(Errno::AGAIN)),
         }
+    };
+}
+
+/// Serves a call that reads without flags. For nothing, the kernel answers as for any file.
+macro_rules! input {
+    ($fd:expr, $total:expr, $bufs:expr, $real:expr) => {
+        if $total == 0 { $real } else { receive!($fd, 0, $bufs, $real) }
     };
 }
 
@@ -52,7 +66,7 @@ macro_rules! transmit {
 
 hook! { unsafe fn read(fd: c_int, buf: *mut c_void, n: size_t) -> ssize_t => vs_read {
     // SAFETY: see above.
-    unsafe { receive!(fd, 0, Ok(&mut [args::buffer(buf, n)][..]), real!(read)(fd, buf, n)) }
+    unsafe { input!(fd, n, args::buffer(buf, n).as_mut().map(std::slice::from_mut).map_err(|e| *e), real!(read)(fd, buf, n)) }
 } }
 
 hook! { unsafe fn __read_chk(fd: c_int, buf: *mut c_void, n: size_t, room: size_t) -> ssize_t => vs_read_chk {
@@ -61,18 +75,44 @@ hook! { unsafe fn __read_chk(fd: c_int, buf: *mut c_void, n: size_t, room: size_
         if n > room {
             return real!(__read_chk)(fd, buf, n, room);
         }
-        receive!(fd, 0, Ok(&mut [args::buffer(buf, n)][..]), real!(__read_chk)(fd, buf, n, room))
+        input!(fd, n, args::buffer(buf, n).as_mut().map(std::slice::from_mut).map_err(|e| *e), real!(__read_chk)(fd, buf, n, room))
     }
 } }
 
 hook! { unsafe fn readv(fd: c_int, iov: *const iovec, count: c_int) -> ssize_t => vs_readv {
     // SAFETY: see above.
-    unsafe { receive!(fd, 0, args::scatter(iov, count), real!(readv)(fd, iov, count)) }
+    unsafe { input!(fd, args::length(iov, count), args::scatter(iov, count), real!(readv)(fd, iov, count)) }
+} }
+
+/// What `preadv2` without an offset makes of its flags, if it is a receiving call.
+fn rwf(offset: off_t, flags: c_int) -> Option<c_int> {
+    match (offset, flags) {
+        (-1, 0) => Some(0),
+        (-1, libc::RWF_NOWAIT) => Some(libc::MSG_DONTWAIT),
+        _ => None,
+    }
+}
+
+hook! { unsafe fn preadv2(fd: c_int, iov: *const iovec, count: c_int, offset: off_t, flags: c_int) -> ssize_t => vs_preadv2 {
+    // SAFETY: see above.
+    unsafe {
+        match rwf(offset, flags) {
+            Some(how) if args::length(iov, count) > 0 => {
+                receive!(fd, how, args::scatter(iov, count), real!(preadv2)(fd, iov, count, offset, flags))
+            }
+            _ => real!(preadv2)(fd, iov, count, offset, flags),
+        }
+    }
+} }
+
+hook! { unsafe fn preadv64v2(fd: c_int, iov: *const iovec, count: c_int, offset: off_t, flags: c_int) -> ssize_t => vs_preadv64v2 {
+    // SAFETY: see above; off_t is 64 bits wide here.
+    unsafe { vs_preadv2(fd, iov, count, offset, flags) }
 } }
 
 hook! { unsafe fn recv(fd: c_int, buf: *mut c_void, n: size_t, flags: c_int) -> ssize_t => vs_recv {
     // SAFETY: see above.
-    unsafe { receive!(fd, flags, Ok(&mut [args::buffer(buf, n)][..]), real!(recv)(fd, buf, n, flags)) }
+    unsafe { receive!(fd, flags, args::buffer(buf, n).as_mut().map(std::slice::from_mut).map_err(|e| *e), real!(recv)(fd, buf, n, flags)) }
 } }
 
 hook! { unsafe fn __recv_chk(fd: c_int, buf: *mut c_void, n: size_t, room: size_t, flags: c_int) -> ssize_t => vs_recv_chk {
@@ -81,15 +121,15 @@ hook! { unsafe fn __recv_chk(fd: c_int, buf: *mut c_void, n: size_t, room: size_
         if n > room {
             return real!(__recv_chk)(fd, buf, n, room, flags);
         }
-        receive!(fd, flags, Ok(&mut [args::buffer(buf, n)][..]), real!(__recv_chk)(fd, buf, n, room, flags))
+        receive!(fd, flags, args::buffer(buf, n).as_mut().map(std::slice::from_mut).map_err(|e| *e), real!(__recv_chk)(fd, buf, n, room, flags))
     }
 } }
 
 hook! { unsafe fn recvfrom(fd: c_int, buf: *mut c_void, n: size_t, flags: c_int, from: *mut sockaddr, len: *mut socklen_t) -> ssize_t => vs_recvfrom {
     // SAFETY: see above.
     unsafe {
-        let got = receive!(fd, flags, Ok(&mut [args::buffer(buf, n)][..]), real!(recvfrom)(fd, buf, n, flags, from, len));
-        if !len.is_null() && socket::held(fd).is_some() {
+        let got = receive!(fd, flags, args::buffer(buf, n).as_mut().map(std::slice::from_mut).map_err(|e| *e), real!(recvfrom)(fd, buf, n, flags, from, len));
+        if got >= 0 && !len.is_null() && socket::is_followed(fd) {
             *len = 0;
         }
         got
@@ -109,12 +149,14 @@ hook! { unsafe fn __recvfrom_chk(fd: c_int, buf: *mut c_void, n: size_t, room: s
 hook! { unsafe fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t => vs_recvmsg {
     // SAFETY: see above.
     unsafe {
-        let got = receive!(fd, flags, args::scatter((*msg).msg_iov, (*msg).msg_iovlen as c_int), real!(recvmsg)(fd, msg, flags));
-        if got >= 0 && socket::held(fd).is_some() {
+        let got = receive!(fd, flags, args::of_message(args::scatter((*msg).msg_iov, (*msg).msg_iovlen as c_int)), real!(recvmsg)(fd, msg, flags));
+        if got >= 0 && flags & libc::MSG_ERRQUEUE == 0 && socket::is_followed(fd) {
             // As TCP: no name, no control data.
             (*msg).msg_namelen = 0;
             (*msg).msg_controllen = 0;
             (*msg).msg_flags = 0;
+        } else if got >= 0 && (*msg).msg_controllen > 0 {
+            args::each_passed(msg, socket::passed);
         }
         got
     }
@@ -126,19 +168,32 @@ hook! { unsafe fn recvmmsg(fd: c_int, list: *mut mmsghdr, n: c_uint, flags: c_in
         if !socket::is_followed(fd) || n == 0 {
             return real!(recvmmsg)(fd, list, n, flags, timeout);
         }
-        // One message is a permitted answer on a stream.
-        let got = vs_recvmsg(fd, &raw mut (*list).msg_hdr, flags & !libc::MSG_WAITFORONE);
-        if got < 0 {
-            return -1;
+        let mut how = flags & !libc::MSG_WAITFORONE;
+        let limit = args::timespec(timeout);
+        let Ok(limit) = limit else { return args::answer(Err(Errno::INVAL)) as c_int };
+        let end = limit.map(|limit| std::time::Instant::now() + limit);
+        for done in 0..n {
+            let message = list.add(done as usize);
+            let got = vs_recvmsg(fd, &raw mut (*message).msg_hdr, how);
+            if got < 0 {
+                return if done > 0 { done as c_int } else { -1 };
+            }
+            (*message).msg_len = got as c_uint;
+            // As the kernel: the time is looked at after each message, and no wait ends by it.
+            if end.is_some_and(|end| end <= std::time::Instant::now()) {
+                return done as c_int + 1;
+            }
+            if flags & libc::MSG_WAITFORONE != 0 {
+                how |= libc::MSG_DONTWAIT;
+            }
         }
-        (*list).msg_len = got as c_uint;
-        1
+        n as c_int
     }
 } }
 
 hook! { unsafe fn write(fd: c_int, buf: *const c_void, n: size_t) -> ssize_t => vs_write {
     // SAFETY: see above.
-    unsafe { transmit!(fd, 0, Ok(&[args::bytes(buf, n)][..]), real!(write)(fd, buf, n)) }
+    unsafe { transmit!(fd, 0, args::bytes(buf, n).as_ref().map(std::slice::from_ref).map_err(|e| *e), real!(write)(fd, buf, n)) }
 } }
 
 hook! { unsafe fn writev(fd: c_int, iov: *const iovec, count: c_int) -> ssize_t => vs_writev {
@@ -146,19 +201,56 @@ hook! { unsafe fn writev(fd: c_int, iov: *const iovec, count: c_int) -> ssize_t 
     unsafe { transmit!(fd, 0, args::gather(iov, count), real!(writev)(fd, iov, count)) }
 } }
 
+hook! { unsafe fn pwritev2(fd: c_int, iov: *const iovec, count: c_int, offset: off_t, flags: c_int) -> ssize_t => vs_pwritev2 {
+    // SAFETY: see above.
+    unsafe {
+        match rwf(offset, flags) {
+            Some(how) => {
+                transmit!(fd, how, args::gather(iov, count), real!(pwritev2)(fd, iov, count, offset, flags))
+            }
+            None => real!(pwritev2)(fd, iov, count, offset, flags),
+        }
+    }
+} }
+
+hook! { unsafe fn pwritev64v2(fd: c_int, iov: *const iovec, count: c_int, offset: off_t, flags: c_int) -> ssize_t => vs_pwritev64v2 {
+    // SAFETY: see above; off_t is 64 bits wide here.
+    unsafe { vs_pwritev2(fd, iov, count, offset, flags) }
+} }
+
 hook! { unsafe fn send(fd: c_int, buf: *const c_void, n: size_t, flags: c_int) -> ssize_t => vs_send {
     // SAFETY: see above.
-    unsafe { transmit!(fd, flags, Ok(&[args::bytes(buf, n)][..]), real!(send)(fd, buf, n, flags)) }
+    unsafe { transmit!(fd, flags, args::bytes(buf, n).as_ref().map(std::slice::from_ref).map_err(|e| *e), real!(send)(fd, buf, n, flags)) }
 } }
 
 hook! { unsafe fn sendto(fd: c_int, buf: *const c_void, n: size_t, flags: c_int, to: *const sockaddr, len: socklen_t) -> ssize_t => vs_sendto {
     // SAFETY: see above.
-    unsafe { transmit!(fd, flags, Ok(&[args::bytes(buf, n)][..]), real!(sendto)(fd, buf, n, flags, to, len)) }
+    unsafe { transmit!(fd, flags, args::bytes(buf, n).as_ref().map(std::slice::from_ref).map_err(|e| *e), real!(sendto)(fd, buf, n, flags, to, len)) }
 } }
+
+/// Whether the kernel takes a message's control data: it is asked by a message of no bytes.
+unsafe fn control_is_fine(fd: c_int, msg: *const msghdr) -> bool {
+    // SAFETY: the application's message, of which a copy names no buffers.
+    unsafe {
+        if (*msg).msg_control.is_null() || (*msg).msg_controllen == 0 || !socket::is_followed(fd) {
+            return true;
+        }
+        let mut empty = *msg;
+        empty.msg_iovlen = 0;
+        let got = real!(sendmsg)(fd, &raw const empty, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT);
+        got >= 0 || args::errno() != libc::EINVAL
+    }
+}
 
 hook! { unsafe fn sendmsg(fd: c_int, msg: *const msghdr, flags: c_int) -> ssize_t => vs_sendmsg {
     // SAFETY: see above.
-    unsafe { transmit!(fd, flags, args::gather((*msg).msg_iov, (*msg).msg_iovlen as c_int), real!(sendmsg)(fd, msg, flags)) }
+    unsafe {
+        if !control_is_fine(fd, msg) {
+            return args::answer(Err(Errno::INVAL));
+        }
+        let list = args::of_message(args::gather((*msg).msg_iov, (*msg).msg_iovlen as c_int));
+        transmit!(fd, flags, list, real!(sendmsg)(fd, msg, flags))
+    }
 } }
 
 hook! { unsafe fn sendmmsg(fd: c_int, list: *mut mmsghdr, n: c_uint, flags: c_int) -> c_int => vs_sendmmsg {
@@ -167,25 +259,55 @@ hook! { unsafe fn sendmmsg(fd: c_int, list: *mut mmsghdr, n: c_uint, flags: c_in
         if !socket::is_followed(fd) || n == 0 {
             return real!(sendmmsg)(fd, list, n, flags);
         }
-        let sent = vs_sendmsg(fd, &raw const (*list).msg_hdr, flags);
-        if sent < 0 {
-            return -1;
+        for done in 0..n {
+            let message = list.add(done as usize);
+            let sent = vs_sendmsg(fd, &raw const (*message).msg_hdr, flags);
+            if sent < 0 {
+                return if done > 0 { done as c_int } else { -1 };
+            }
+            (*message).msg_len = sent as c_uint;
+            let header = &(*message).msg_hdr;
+            if (sent as usize) < args::length(header.msg_iov, header.msg_iovlen as c_int) {
+                return done as c_int + 1;
+            }
         }
-        (*list).msg_len = sent as c_uint;
-        1
+        n as c_int
     }
 } }
 
-/// `sendfile` to a followed descriptor: read, then send. A short count is a permitted answer.
+/// `sendfile` to a followed descriptor: read, then send, until all is sent or a send would wait.
 unsafe fn send_file(out: c_int, input: c_int, offset: *mut off_t, count: size_t) -> ssize_t {
+    let mut done = 0;
+    while done < count || count == 0 {
+        // SAFETY: the offset is the application's, valid or null.
+        let (sent, more) = unsafe { send_piece(out, input, offset, count - done) };
+        if sent <= 0 {
+            return if done > 0 { done as ssize_t } else { sent };
+        }
+        done += sent as usize;
+        if !more {
+            break;
+        }
+    }
+    done as ssize_t
+}
+
+/// One piece of a file, and whether the next may be tried.
+unsafe fn send_piece(out: c_int, input: c_int, offset: *mut off_t, count: size_t) -> (ssize_t, bool) {
     let mut piece = [0u8; 32768];
     let want = count.min(piece.len());
     // SAFETY: our own buffer; the offset is the application's, valid or null.
     unsafe {
         let at = if offset.is_null() { libc::lseek(input, 0, libc::SEEK_CUR) } else { *offset };
+        if at < 0 && offset.is_null() {
+            // From a pipe or a socket the kernel cannot send either.
+            let errno = args::errno();
+            args::set_errno(if errno == libc::ESPIPE { libc::EINVAL } else { errno });
+            return (-1, false);
+        }
         let got = libc::pread(input, piece.as_mut_ptr().cast(), want, at);
         if got <= 0 {
-            return got;
+            return (got, false);
         }
         let sent = vs_write(out, piece.as_ptr().cast(), got as size_t);
         if sent > 0 && offset.is_null() {
@@ -193,7 +315,7 @@ unsafe fn send_file(out: c_int, input: c_int, offset: *mut off_t, count: size_t)
         } else if sent > 0 {
             *offset += sent as off_t;
         }
-        sent
+        (sent, sent == got)
     }
 }
 
@@ -220,14 +342,24 @@ hook! { unsafe fn sendfile64(out: c_int, input: c_int, offset: *mut off_t, count
 hook! { unsafe fn splice(from: c_int, from_at: *mut off_t, to: c_int, to_at: *mut off_t, n: size_t, flags: c_uint) -> ssize_t => vs_splice {
     // SAFETY: see above.
     unsafe {
-        // A connection object's bytes cannot be spliced: the answer of a descriptor that does not support it makes
-        // programs copy.
-        if socket::held(from).is_some() || socket::held(to).is_some() {
-            return args::answer(Err(Errno::INVAL));
+        if !from_at.is_null() || !to_at.is_null() || flags & !SPLICE_FLAGS != 0 || n == 0 {
+            return real!(splice)(from, from_at, to, to_at, n, flags);
         }
-        // What is spliced is not counted, so the descriptor stays on TCP.
-        socket::leave_alone(from);
-        socket::leave_alone(to);
-        real!(splice)(from, from_at, to, to_at, n, flags)
+        let wait = flags & libc::SPLICE_F_NONBLOCK == 0;
+        let (socket, direction) = if socket::is_followed(to) { (to, socket::sending as fn(c_int) -> Route) } else { (from, socket::splicing as fn(c_int) -> Route) };
+        match direction(socket) {
+            Route::Kernel => real!(splice)(from, from_at, to, to_at, n, flags),
+            Route::Counted(inside) => {
+                let n = real!(splice)(from, from_at, to, to_at, n, flags);
+                inside.returned(n);
+                n
+            }
+            Route::Served(slot) if socket == to => args::sent(pipes::to_socket(from, to, slot, n, wait), false),
+            Route::Served(slot) => args::answer(pipes::from_socket(from, slot, to, n, wait)),
+        }
     }
 } }
+
+/// What `splice` knows; others are the kernel's to refuse.
+const SPLICE_FLAGS: c_uint =
+    libc::SPLICE_F_MOVE | libc::SPLICE_F_NONBLOCK | libc::SPLICE_F_MORE | libc::SPLICE_F_GIFT;

@@ -16,6 +16,26 @@ pub(super) struct Interest {
     pub data: u64,
 }
 
+impl Interest {
+    /// Whether `epoll_ctl(2)` allows it: `EPOLLEXCLUSIVE` goes with few others, and is for good.
+    pub fn is_allowed(self, op: i32) -> bool {
+        const BESIDE: i32 = libc::EPOLLIN
+            | libc::EPOLLOUT
+            | libc::EPOLLERR
+            | libc::EPOLLHUP
+            | libc::EPOLLWAKEUP
+            | libc::EPOLLET
+            | libc::EPOLLEXCLUSIVE;
+        let events = self.events as i32;
+        match op {
+            _ if events & libc::EPOLLEXCLUSIVE == 0 => true,
+            libc::EPOLL_CTL_ADD => events & !BESIDE == 0,
+            libc::EPOLL_CTL_MOD => false,
+            _ => true,
+        }
+    }
+}
+
 /// A connection in a set.
 pub(super) struct Hot {
     pub fd: i32,
@@ -24,8 +44,14 @@ pub(super) struct Hot {
     interest: Option<Interest>,
     /// `EPOLLONESHOT` has fired.
     spent: bool,
-    /// What an edge-triggered watcher was told last: ring head, ring space, kernel edges.
-    told: (u64, bool, u32),
+    /// How far the stream had come when an edge-triggered watcher was told last; `None` before the first time.
+    told: Option<u64>,
+    /// How often a send had been refused when it was told of room last; `None` if it was not told.
+    told_room: Option<u32>,
+    /// It was told of the end of the stream.
+    told_end: bool,
+    /// The ends, of a direction or of all, that it was told of.
+    ends: PollFlags,
     /// Tells two uses of a descriptor number apart.
     pub serial: u32,
     /// It is looked at.
@@ -38,10 +64,22 @@ pub(super) struct Hot {
 
 impl Hot {
     pub fn new(fd: i32, conn: &ConnRef, interest: Interest, serial: u32, member: Arc<Member>) -> Self {
-        let (told, slab) = ((0, false, 0), NOWHERE);
+        let slab = NOWHERE;
         let conn = conn.clone();
-        let mut hot =
-            Self { fd, conn, interest: None, spent: false, told, serial, watched: false, slab, member };
+        let mut hot = Self {
+            fd,
+            conn,
+            interest: None,
+            spent: false,
+            told: None,
+            told_room: None,
+            told_end: false,
+            ends: PollFlags::empty(),
+            serial,
+            watched: false,
+            slab,
+            member,
+        };
         hot.member.settle(serial);
         hot.renew(interest);
         hot
@@ -63,7 +101,10 @@ impl Hot {
     pub fn renew(&mut self, interest: Interest) {
         self.interest = Some(interest);
         self.spent = false;
-        self.told = (u64::MAX, false, 0);
+        self.told = None;
+        self.told_room = None;
+        self.told_end = false;
+        self.ends = PollFlags::empty();
         // As after a MOD in the kernel: what is ready now is a new edge.
         if !self.conn.record().is(status::RX_RING) {
             self.conn.kernel_in.store(1, Ordering::Release);
@@ -79,7 +120,9 @@ impl Hot {
 
     /// `epoll_ctl` on a connection that the kernel's set holds.
     pub fn control(&mut self, op: i32, interest: Option<Interest>) -> Result<(), Errno> {
+        let exclusive = self.interest.is_some_and(|i| i.events as i32 & libc::EPOLLEXCLUSIVE != 0);
         match (op, interest, self.interest.is_some()) {
+            (libc::EPOLL_CTL_MOD, _, true) if exclusive => Err(Errno::INVAL),
             (libc::EPOLL_CTL_ADD, Some(_), true) => Err(Errno::EXIST),
             (libc::EPOLL_CTL_ADD, Some(interest), false) | (libc::EPOLL_CTL_MOD, Some(interest), true) => {
                 self.renew(interest);
@@ -116,9 +159,12 @@ impl Hot {
         }
         let wanted = PollFlags::from_bits_retain((interest.events & 0xffff) as u16);
         let mut ready = poll::ring_events(&self.conn, wanted);
+        let edged = self.conn.kernel_in.load(Ordering::Acquire) != 0;
         let draining = self.conn.record().is(status::TX_DRAINING);
         let mut pending = false;
-        if asking && (self.edges() & concerns(wanted) != 0 || draining) {
+        // A report that is made anyway is whole: with what only the kernel can say.
+        let part = !ready.is_empty() && !poll::anchor_decides(&self.conn, wanted).is_empty();
+        if part || asking && (self.edges() & concerns(wanted) != 0 || draining) {
             // Cleared first: an edge that comes while the kernel is asked stays.
             self.conn.kernel_in.store(0, Ordering::Release);
             self.conn.kernel_out.store(0, Ordering::Release);
@@ -136,7 +182,7 @@ impl Hot {
         if ready.is_empty() {
             return None;
         }
-        if interest.events as i32 & libc::EPOLLET != 0 && !self.new_edge(ready, pending) {
+        if interest.events as i32 & libc::EPOLLET != 0 && !self.new_edge(ready, pending, edged) {
             return None;
         }
         if interest.events as i32 & libc::EPOLLONESHOT != 0 {
@@ -146,21 +192,44 @@ impl Hot {
     }
 
     /// Edge-triggered: whether something has arrived, or room has come, since the last report.
-    fn new_edge(&mut self, ready: PollFlags, pending: bool) -> bool {
-        let endpoint = self.conn.endpoint();
-        let head = endpoint.bound.map_or(0, |b| b.rx().indices.head.head.load(Ordering::Relaxed));
-        let status = u64::from(endpoint.record.status.load(Ordering::Relaxed));
-        let edges =
-            self.conn.kernel_in.swap(0, Ordering::AcqRel) | self.conn.kernel_out.swap(0, Ordering::AcqRel);
-        if pending {
-            self.conn.kernel_in.store(1, Ordering::Release);
-        }
+    fn new_edge(&mut self, ready: PollFlags, pending: bool, edged: bool) -> bool {
+        // The kernel is asked again at its next edge; but other places in sets may not have asked at this one.
+        let shared = u32::from(self.conn.is_member_twice());
+        self.conn.kernel_in.store(shared | u32::from(pending), Ordering::Release);
+        self.conn.kernel_out.store(shared, Ordering::Release);
+        let arrived = self.arrived();
         let blocked = self.conn.blocked.load(Ordering::Relaxed);
-        let now = (head ^ status << 48, ready.contains(PollFlags::OUT), blocked);
-        let new = now != self.told
-            || (edges != 0 && (endpoint.readable().is_none() || !endpoint.record.is(status::TX_RING)));
-        self.told = now;
+        let ends = ready & (PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR | PollFlags::PRI);
+        let data = ready.contains(PollFlags::IN) && self.told.is_none_or(|told| arrived != Some(told));
+        let room = ready.contains(PollFlags::OUT) && self.told_room != Some(blocked);
+        // Also who asked for neither is told of the end of the stream.
+        let end = edged && !self.told_end && self.stream_has_ended();
+        self.told_end |= end;
+        let new = data || room || end || !self.ends.contains(ends);
+        if new {
+            // Nobody can tell while the lane's lock is taken; then the next look is an edge too.
+            self.told = arrived;
+            self.ends |= ends;
+            if ready.contains(PollFlags::OUT) {
+                self.told_room = Some(blocked);
+            }
+        }
         new
+    }
+
+    fn stream_has_ended(&self) -> bool {
+        self.conn.record().is(status::RX_EOF)
+            || poll::has_ended(self.conn.anchor(), std::time::Duration::ZERO)
+    }
+
+    /// How far the stream has come, whatever carries it.
+    fn arrived(&self) -> Option<u64> {
+        let endpoint = self.conn.endpoint();
+        if endpoint.record.is(status::RX_RING) {
+            return endpoint.bound.map(|b| b.rx().indices.head.head.load(Ordering::Acquire));
+        }
+        let taken = endpoint.record.rx_off.load(Ordering::Acquire);
+        endpoint.unread().map(|n| taken + n as u64)
     }
 }
 
@@ -172,6 +241,6 @@ impl Drop for Hot {
 
 /// The edges that matter to who wants this.
 fn concerns(wanted: PollFlags) -> u32 {
-    u32::from(wanted.intersects(PollFlags::IN | PollFlags::RDHUP | PollFlags::PRI))
-        | u32::from(wanted.contains(PollFlags::OUT)) << 1
+    // Errors and hang-ups are reported to everybody, and come with this edge.
+    1 | u32::from(wanted.contains(PollFlags::OUT)) << 1
 }

@@ -398,8 +398,8 @@ mod cold {
     fn room_is_an_edge_after_a_send_that_blocked() {
         for blocks in [false, true] {
             let mut rig = Rig::new(1, OUT | ET);
+            // That it comes onto the ring is no event.
             rig.lines[0].send(1).unwrap();
-            assert_eq!(rig.ready(), vec![(0, OUT)]);
             rig.sleep();
             assert_eq!(rig.lines[0].send(2 * RING), Ok(RING - 1));
             if blocks {
@@ -419,7 +419,6 @@ mod cold {
     fn room_that_came_at_once_is_an_edge_too() {
         let mut rig = Rig::new(1, OUT | ET);
         rig.lines[0].send(1).unwrap();
-        assert_eq!(rig.ready(), vec![(0, OUT)]);
         rig.sleep();
         assert_eq!(rig.lines[0].send(2 * RING), Ok(RING - 1));
         rig.lines[0].drain();

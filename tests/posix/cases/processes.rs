@@ -1,0 +1,251 @@
+//! Forks, executed programs, and descriptors that travel to other processes.
+
+use super::Group;
+use crate::far::FROM_NEAR;
+use crate::pair::Pair;
+use crate::sys::{self, Ret, ret};
+use libc::c_int;
+
+/// Runs in a child, which ends with what it returns; its exit status.
+fn forked(f: impl FnOnce() -> c_int) -> c_int {
+    // SAFETY: the child makes calls and ends; this program has one thread.
+    unsafe {
+        match libc::fork() {
+            0 => {
+                let code = f();
+                libc::_exit(code)
+            }
+            child => ended(child),
+        }
+    }
+}
+
+fn ended(child: c_int) -> c_int {
+    let mut status = 0;
+    let done = sys::soon(|| {
+        // SAFETY: a child of ours, or one that was waited for already.
+        unsafe { libc::waitpid(child, &raw mut status, libc::WNOHANG) != 0 }
+    });
+    if !done {
+        // SAFETY: a child of ours.
+        unsafe {
+            libc::kill(child, libc::SIGKILL);
+            libc::waitpid(child, &raw mut status, 0);
+        }
+        return -2;
+    }
+    if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { -libc::WTERMSIG(status) }
+}
+
+/// What `posix child` does with descriptor 0: `send N` bytes, or `recv N`.
+pub fn child(words: &[String]) {
+    let n: usize = words[1].parse().expect("a number");
+    let got = if words[0] == "send" {
+        sys::send(0, &sys::pattern(FROM_NEAR, 0, n), 0)
+    } else {
+        sys::recv(0, &mut vec![0; n], 0)
+    };
+    std::process::exit(if got.0 == n as isize { 0 } else { 1 + got.1 });
+}
+
+/// Executes this program as a child with the connection as its descriptor 0.
+fn executed(p: &Pair, what: &str, n: usize) -> c_int {
+    let twin = sys::fcntl(p.near, libc::F_DUPFD_CLOEXEC, 500).0 as c_int;
+    // SAFETY: the descriptor is this function's.
+    let stdin = unsafe { <std::process::Stdio as std::os::fd::FromRawFd>::from_raw_fd(twin) };
+    let exe = std::env::current_exe().expect("a program knows where it is");
+    let spawned = std::process::Command::new(exe).args(["child", what, &n.to_string()]).stdin(stdin).spawn();
+    match spawned {
+        Ok(child) => ended(child.id() as c_int),
+        Err(error) => -error.raw_os_error().unwrap_or(1),
+    }
+}
+
+/// Sends a descriptor over a UNIX socket and receives it again, in this process.
+fn travelled(fd: c_int) -> c_int {
+    let mut ends = [0; 2];
+    // SAFETY: all of it outlives the calls; the control buffers are large and aligned enough.
+    unsafe {
+        libc::socketpair(libc::AF_UNIX, libc::SOCK_STREAM, 0, ends.as_mut_ptr());
+        let mut byte = [b'x'];
+        let mut list = [libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 }];
+        let mut control = [0u64; 8];
+        let mut message = super::transfer::message(&mut list);
+        (message.msg_control, message.msg_controllen) =
+            (control.as_mut_ptr().cast(), libc::CMSG_SPACE(4) as usize);
+        let head = libc::CMSG_FIRSTHDR(&raw const message);
+        (*head).cmsg_level = libc::SOL_SOCKET;
+        (*head).cmsg_type = libc::SCM_RIGHTS;
+        (*head).cmsg_len = libc::CMSG_LEN(4) as usize;
+        libc::CMSG_DATA(head).cast::<c_int>().write_unaligned(fd);
+        libc::sendmsg(ends[0], &raw const message, 0);
+        message.msg_controllen = size_of_val(&control);
+        libc::recvmsg(ends[1], &raw mut message, 0);
+        let head = libc::CMSG_FIRSTHDR(&raw const message);
+        let got = if head.is_null() { -1 } else { libc::CMSG_DATA(head).cast::<c_int>().read_unaligned() };
+        ends.iter().for_each(|fd| {
+            sys::close(*fd);
+        });
+        got
+    }
+}
+
+fn exchange(p: &mut Pair) {
+    p.send(10, 0);
+    p.far_says("take", &[10]);
+    p.receives(10);
+    p.recv(20, 0);
+}
+
+pub fn group() -> Group {
+    let mut group = Group::new("processes");
+    group.case("7.13", "fork/the child sends, the parent goes on", |p| {
+        let data = p.next(20);
+        let fd = p.near;
+        let code = forked(|| (sys::send(fd, &data, 0).0 != 20).into());
+        p.taken(Ret(20, 0));
+        p.note(code);
+        p.far_says("take", &[20]);
+        exchange(p);
+    });
+    group.case("7.13", "fork/the child receives, the parent goes on", |p| {
+        p.receives(20);
+        let fd = p.near;
+        p.note(forked(|| sys::recv(fd, &mut [0; 12], 0).0 as c_int));
+        p.recv(20, 0);
+        exchange(p);
+    });
+    group.case("7.13", "fork/the child waits for what comes later", |p| {
+        let fd = p.near;
+        p.far("later send", &[9, 0]);
+        p.note(forked(|| sys::recv(fd, &mut [0; 12], 0).0 as c_int));
+        exchange(p);
+    });
+    group.case("7.13", "fork/the child closes, the parent goes on", |p| {
+        let fd = p.near;
+        p.note(forked(|| sys::close(fd).0 as c_int));
+        exchange(p);
+        p.far_says("shutdown", &[1]);
+        p.take(1);
+    });
+    group.case("7.13", "fork/the parent closes, the child goes on", |p| {
+        let fd = p.near;
+        let go = sys::pipe();
+        let data = p.next(15);
+        // SAFETY: the child makes calls and ends; this program has one thread.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            sys::close(go[1]);
+            // SAFETY: a byte of our own.
+            unsafe { libc::read(go[0], [0u8].as_mut_ptr().cast(), 1) };
+            let sent = sys::send(fd, &data, 0);
+            // SAFETY: ends the child.
+            unsafe { libc::_exit((sent.0 != 15).into()) };
+        }
+        p.call("close", sys::close(fd));
+        p.near = -1;
+        go.iter().for_each(|fd| {
+            sys::close(*fd);
+        });
+        p.note(ended(child));
+        p.far_says("take", &[16]);
+    });
+    group.case("7.13", "fork/the child shuts, both hear", |p| {
+        let fd = p.near;
+        p.note(forked(|| sys::shutdown(fd, libc::SHUT_WR).0 as c_int));
+        p.far_says("take", &[1]);
+        p.send(5, libc::MSG_NOSIGNAL);
+        p.receives(5);
+        p.recv(9, 0);
+    });
+    group.case("7.13", "fork/the child polls and waits in a set", |p| {
+        let fd = p.near;
+        let set = super::epoll::Set::of(fd, libc::EPOLLIN as u32);
+        let number = set.0;
+        p.far("later send", &[5, 0]);
+        let code = forked(|| {
+            let polled = sys::poll(fd, libc::POLLIN, 4000).1;
+            let mut event = libc::epoll_event { events: 0, u64: 0 };
+            // SAFETY: an event of our own.
+            let got = unsafe { libc::epoll_wait(number, &raw mut event, 1, 4000) };
+            c_int::from(polled) * 10 + got
+        });
+        p.note(code);
+        p.note(set.wait(4, 0));
+        p.recv(9, 0);
+    });
+    group.case("7.49", "kill -9/the child has the last descriptor", |p| {
+        let fd = p.near;
+        let data = p.next(15);
+        p.note(forked(|| {
+            sys::send(fd, &data, 0);
+            // SAFETY: itself.
+            unsafe { libc::kill(libc::getpid(), libc::SIGKILL) }
+        }));
+        p.far_says("take", &[15]);
+        sys::close(p.near);
+        p.near = -1;
+        p.far_says("take", &[1]);
+    });
+    group.case("7.14", "vfork/the child closes its copies and executes", |p| {
+        let status = std::process::Command::new("/bin/true").status();
+        p.note(format_args!("{:?}", status.map(|s| s.code())));
+        exchange(p);
+    });
+    group.case("7.14", "system/beside the connection", |p| {
+        // SAFETY: a command in a C string.
+        p.note(unsafe { libc::system(c"exit 3".as_ptr()) });
+        exchange(p);
+    });
+    group
+        .case("7.16", "exec/the new program sends", |p| {
+            p.note(executed(p, "send", 20));
+            p.taken(Ret(20, 0));
+            p.far_says("take", &[20]);
+            exchange(p);
+        })
+        .open = Some("a program that is executed with the connection does not know of the lane yet");
+    group
+        .case("7.16", "exec/the new program receives", |p| {
+            p.receives(30);
+            p.note(executed(p, "recv", 12));
+            p.recv(40, 0);
+            exchange(p);
+        })
+        .open = Some("a program that is executed with the connection does not know of the lane yet");
+    group.case("7.19", "SCM_RIGHTS/within the process", |p| {
+        let got = travelled(p.near);
+        sys::close(p.near);
+        p.near = got;
+        exchange(p);
+        p.far_says("shutdown", &[1]);
+        p.take(1);
+    });
+    group.case("7.14", "daemon/the child goes on", |p| {
+        let fd = p.near;
+        let data = p.next(10);
+        p.note(forked(|| {
+            // SAFETY: in a child of our own.
+            let got = ret(unsafe { libc::daemon(1, 1) });
+            if got.0 != 0 {
+                return 9;
+            }
+            sys::send(fd, &data, 0);
+            0
+        }));
+        p.taken(Ret(10, 0));
+        p.far_says("take", &[10]);
+        exchange(p);
+    });
+    group.case("7.46", "setuid/in a child", |p| {
+        let fd = p.near;
+        let data = p.next(10);
+        p.note(forked(|| {
+            // SAFETY: in a child of our own.
+            let got = ret(unsafe { libc::setuid(65534) });
+            (got.0 != 0 || sys::send(fd, &data, 0).0 != 10).into()
+        }));
+        p.far_says("take", &[10]);
+    });
+    group
+}

@@ -1,0 +1,163 @@
+//! Several threads on one connection.
+
+use super::Group;
+use crate::pair::Pair;
+use crate::sys::{self, Ret};
+use libc::c_int;
+use std::time::Duration;
+
+/// One thread waits while the other acts, a moment later.
+fn beside(p: &mut Pair, wait: fn(c_int) -> Ret, act: fn(c_int) -> Ret) {
+    let fd = p.near;
+    let waits = std::thread::spawn(move || wait(fd));
+    std::thread::sleep(Duration::from_millis(25));
+    p.call("act", act(fd));
+    let got = waits.join().unwrap_or(Ret(-3, 0));
+    p.call("wait", got);
+}
+
+fn reads(fd: c_int) -> Ret {
+    sys::recv(fd, &mut [0; 8], 0)
+}
+
+fn writes(fd: c_int) -> Ret {
+    let data = vec![1; 64 << 20];
+    let got = sys::send(fd, &data, libc::MSG_NOSIGNAL);
+    if got.0 >= 0 { Ret(isize::from(got.0 < data.len() as isize), 0) } else { got }
+}
+
+fn polls(fd: c_int) -> Ret {
+    sys::poll(fd, libc::POLLIN, 4000).0
+}
+
+fn sets(fd: c_int) -> Ret {
+    super::epoll::once(fd, libc::EPOLLIN as u32, 4000)
+}
+
+pub fn group() -> Group {
+    let mut group = Group::new("threads");
+    for (name, wait) in [("recv", reads as fn(c_int) -> Ret), ("poll", polls), ("epoll", sets)] {
+        let shuts: [(&str, fn(c_int) -> Ret); 2] = [
+            ("RD", |fd| sys::shutdown(fd, libc::SHUT_RD)),
+            ("RDWR", |fd| sys::shutdown(fd, libc::SHUT_RDWR)),
+        ];
+        for (what, act) in shuts {
+            group.case("7.41", &format!("{name}/another thread shuts {what}"), move |p| beside(p, wait, act));
+        }
+        group.case("7.41", &format!("{name}/another thread sends"), move |p| {
+            p.far("later send", &[5, 0]);
+            beside(p, wait, |fd| sys::send(fd, &[1; 5], 0));
+        });
+    }
+    group.case("7.41", "send/another thread shuts RDWR", |p| beside(p, writes, |fd| sys::shutdown(fd, 2)));
+    group.case("7.42", "send/four threads, whole messages", |p| {
+        let fd = p.near;
+        p.far("later take", &[4 * 200 * 64]);
+        let threads: Vec<_> = (0..4u8)
+            .map(|t| {
+                std::thread::spawn(move || (0..200).map(|_| sys::send(fd, &[t; 64], 0).0).sum::<isize>())
+            })
+            .collect();
+        let sent: isize = threads.into_iter().map(|t| t.join().unwrap_or(-1)).sum();
+        p.note(sent);
+        let took = p.far("told", &[]);
+        p.note(took.split(' ').next().unwrap_or_default().to_owned());
+    });
+    group.case("7.42", "recv/four threads share the bytes", |p| {
+        let fd = p.near;
+        p.far("later send", &[200_000, 0]);
+        let threads: Vec<_> = (0..4)
+            .map(|_| {
+                std::thread::spawn(move || {
+                    let mut sum = 0;
+                    let mut room = [0; 500];
+                    loop {
+                        match sys::recv(fd, &mut room, 0).0 {
+                            n if n > 0 => sum += n,
+                            _ => return sum,
+                        }
+                    }
+                })
+            })
+            .collect();
+        p.far_says("shutdown", &[1]);
+        let sum: isize = threads.into_iter().map(|t| t.join().unwrap_or(-1)).sum();
+        p.note(sum);
+    });
+    group.case("7.42", "both ways/a thread each", |p| {
+        let fd = p.near;
+        let n = 1_000_000;
+        let data = p.next(n);
+        p.far("later take", &[n as i64]);
+        let sender = std::thread::spawn(move || sys::send(fd, &data, 0).0);
+        p.note(sender.join().unwrap_or(-1));
+        p.far_says("told", &[]);
+        p.far("later send", &[n as i64, 0]);
+        p.take(n);
+    });
+    group.case("7.23", "epoll/ADD while another thread waits", |p| {
+        let set = super::epoll::Set::new();
+        let number = set.0;
+        let waits = std::thread::spawn(move || {
+            let mut event = libc::epoll_event { events: 0, u64: 0 };
+            // SAFETY: an event of our own.
+            sys::ret(unsafe { libc::epoll_wait(number, &raw mut event, 1, 4000) })
+        });
+        p.receives(5);
+        std::thread::sleep(Duration::from_millis(20));
+        p.call("ADD", set.ctl(libc::EPOLL_CTL_ADD, p.near, libc::EPOLLIN as u32, 3));
+        let got = waits.join().unwrap_or(Ret(-3, 0));
+        p.call("epoll_wait", got);
+    });
+    group.case("7.23", "epoll/MOD while another thread waits", |p| {
+        let set = super::epoll::Set::of(p.near, 0);
+        let number = set.0;
+        let waits = std::thread::spawn(move || {
+            let mut event = libc::epoll_event { events: 0, u64: 0 };
+            // SAFETY: an event of our own.
+            sys::ret(unsafe { libc::epoll_wait(number, &raw mut event, 1, 4000) })
+        });
+        p.receives(5);
+        std::thread::sleep(Duration::from_millis(20));
+        p.call("MOD", set.ctl(libc::EPOLL_CTL_MOD, p.near, libc::EPOLLIN as u32, 3));
+        let got = waits.join().unwrap_or(Ret(-3, 0));
+        p.call("epoll_wait", got);
+    });
+    group
+        .case("7.40", "cancel/a thread that waits in recv", |p| {
+            // A cancellation unwinds through these frames.
+            extern "C-unwind" fn wait(fd: *mut libc::c_void) -> *mut libc::c_void {
+                // SAFETY: the buffer outlives the call.
+                unsafe { recv_unwinding(fd as usize as c_int, [0u8; 8].as_mut_ptr(), 8, 0) };
+                std::ptr::null_mut()
+            }
+            type Begins = extern "C" fn(*mut libc::c_void) -> *mut libc::c_void;
+            unsafe extern "C-unwind" {
+                #[link_name = "recv"]
+                fn recv_unwinding(fd: c_int, buf: *mut u8, n: usize, flags: c_int) -> isize;
+            }
+            unsafe extern "C" {
+                fn pthread_cancel(thread: libc::pthread_t) -> c_int;
+            }
+            // SAFETY: the function ends with the cancellation, and holds nothing that is lost by it.
+            let (made, cancelled, joined) = unsafe {
+                let mut thread: libc::pthread_t = std::mem::zeroed();
+                let fd = p.near as usize as *mut libc::c_void;
+                let begins = std::mem::transmute::<*const (), Begins>(wait as *const ());
+                let made = libc::pthread_create(&raw mut thread, std::ptr::null(), begins, fd);
+                std::thread::sleep(Duration::from_millis(25));
+                let cancelled = pthread_cancel(thread);
+                let timed = libc::timespec { tv_sec: i64::MAX / 4, tv_nsec: 0 };
+                let mut value = std::ptr::null_mut();
+                let joined = libc::pthread_timedjoin_np(thread, &raw mut value, &raw const timed);
+                (made, cancelled, joined)
+            };
+            p.note(format_args!("{made} {cancelled} {joined}"));
+            p.receives(5);
+            p.recv(8, 0);
+            p.send(5, 0);
+            p.far_says("take", &[5]);
+        })
+        .open = Some("a cancellation cannot unwind through the hooks");
+    group
+}
