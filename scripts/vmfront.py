@@ -4,7 +4,6 @@ The machine is one of scripts/vmlab; the daemon is a stand-in, in this file, whi
 """
 
 import hashlib
-import json
 import os
 import signal
 import socket
@@ -19,7 +18,6 @@ from vmlab import TARGET, Failure, Lab, check, clear_away, on_signals, wait_unti
 from vmqmp import Qmp
 
 MACHINE, CID, PORT = "h1", "2", "7650"
-VSOCKETD = str(Path(os.environ.get("VSOCKET_BIN") or TARGET / "release") / "vsocketd")
 MEMORY = int(os.environ.get("VMLAB_MEMORY", "2048")) << 20
 MIB = 1 << 20
 
@@ -147,21 +145,6 @@ class StandIn:
     def says(self, text, start=0, limit=10):
         found = lambda: [line for line in self.lines(start) if text in line]
         return wait_until(limit, found, lambda: f"the daemon's stand-in does not say '{text}': {self.lines(start)[-3:]}")
-
-
-class Daemon:
-    """A real daemon, which is killed at the end."""
-
-    def __init__(self, config, log):
-        self.command, self.log = [VSOCKETD, "--config", str(config)], log
-
-    def __enter__(self):
-        with open(self.log, "ab") as out:
-            self.child = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
-
-    def __exit__(self, *_):
-        self.child.kill()
-        self.child.wait()
 
 
 class Scenarios:
@@ -307,53 +290,6 @@ class Scenarios:
         check("memfd" not in maps and "memory-backend" not in maps, "the front keeps the guest's memory")
         self.lab.must("boot", MACHINE, limit=120)
         self.vsock("echo", MIB)
-        self.nothing_left()
-
-    def a_real_daemon_and_one_registration_a_boot(self):
-        """The agent's message exchange, from a privileged port; whoever comes second, or is nobody, is turned away."""
-        self.stand_in.kill()
-        config, control = self.lab.logs / "vsocketd.toml", str(self.state / "control")
-        config.write_text(
-            f"""host = "h1"
-control = "{control}"
-[[vport]]
-name = "vm"
-vni = 100
-mac = "02:00:00:64:00:01"
-addresses = ["198.51.100.1"]
-socket = "{self.stand_in.socket}"
-cid = 11
-front = "{self.state}/{MACHINE}.front"
-"""
-        )
-
-        def stat():
-            asked = subprocess.run([VSOCKETD, "stat", "--json", "--control", control], capture_output=True)
-            return json.loads(asked.stdout) if asked.returncode == 0 else {}
-
-        def has_memory():
-            vports = stat().get("vports")
-            return vports and vports[0]["machine"]["memory_bytes"] == MEMORY
-
-        try:
-            for _ in range(2):
-                with Daemon(config, self.lab.logs / "vsocketd.log"):
-                    wait_until(10, has_memory, "the daemon does not have the guest's memory")
-                    agent = self.begin_plainly("agent", 1023).prints("answered")
-                    check(stat()["vports"][0]["agent"], "no agent")
-                    for port in (1022, 4000):
-                        # A container with NET_BIND_SERVICE; and a program without anything.
-                        late = self.begin_plainly("agent", port)
-                        wait_until(10, lambda: not late.runs(), "it is not turned away")
-                        check(late.child.returncode == 1 and "registered" not in late.out(), late.last())
-                    drops = stat()["drops"]
-                    check(drops == {"second-agent": 1, "agent-unprivileged": 1}, drops)
-                # The daemon is gone, and its agent knows.
-                check("ended" in agent.ok(10), agent.last())
-        finally:
-            start = self.stand_in.mark()
-            self.stand_in.start()
-            self.stand_in.says("memory", start)
         self.nothing_left()
 
     def the_front_ends_in_order(self):

@@ -1,5 +1,5 @@
 //! A program in a virtual machine that talks over AF_VSOCK to the stand-in daemon of `scripts/vmfront.py`: what it sends
-//! comes back, or what its first byte says. Checks every byte. Only `agent` talks to a real daemon, and knows of vsocket.
+//! comes back, or what its first byte says. Checks every byte.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
 use socket2::{Domain, SockAddr, Socket, Type};
-use vsocket_channel::message::{MESSAGE_LEN, Message};
 
 const USAGE: &str = "usage: vsock echo CID PORT BYTES [STREAMS]   send and get back, half-close, see the end
        vsock half CID PORT BYTES             the other end closes its direction first; then send
@@ -17,9 +16,7 @@ const USAGE: &str = "usage: vsock echo CID PORT BYTES [STREAMS]   send and get b
        vsock abort CID PORT BYTES STREAMS    close with bytes under way both ways
        vsock hold CID PORT                   say when it is open, and when it has ended
        vsock refused CID PORT                say how it is refused
-       vsock ping CID PORT ROUNDS            time round trips of 128 bytes
-       vsock agent CID PORT FROM             to a real daemon, from this port: register as an agent does; say when that is
-                                             done, and when it has ended";
+       vsock ping CID PORT ROUNDS            time round trips of 128 bytes";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -36,7 +33,6 @@ fn main() -> ExitCode {
         ("abort", &[cid, port, bytes, streams]) => abort(cid, port, bytes, streams),
         ("hold", &[cid, port]) => hold(cid, port),
         ("refused", &[cid, port]) => refused(cid, port),
-        ("agent", &[cid, port, from]) => agent(cid, port, from),
         ("ping", &[cid, port, rounds]) => ping(cid, port, rounds),
         _ => return usage(),
     };
@@ -184,33 +180,6 @@ fn refused(cid: u64, port: u64) -> io::Result<String> {
         Err(error) if begun.elapsed() > Duration::from_secs(1) => Err(wrong(format!("late: {error}"))),
         Err(error) => Ok(format!("refused: {error}")),
     }
-}
-
-fn agent(cid: u64, port: u64, from: u64) -> io::Result<String> {
-    let socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
-    // Any CID: the guest's own.
-    socket.bind(&SockAddr::vsock(u32::MAX, from as u32))?;
-    socket.connect(&SockAddr::vsock(cid as u32, port as u32))?;
-    let ask = |question: Message| {
-        (&socket).write_all(&question.encode())?;
-        let mut image = [0; MESSAGE_LEN];
-        (&socket).read_exact(&mut image)?;
-        Message::decode(&image).map_err(io::Error::other)
-    };
-    match ask(Message::Hello { pid: std::process::id() })? {
-        Message::Welcome { vni, .. } => println!("registered in {vni}"),
-        other => return Err(wrong(format!("{other:?}"))),
-    }
-    for n in 0..100 {
-        if ask(Message::Ping { n })? != (Message::Pong { n }) {
-            return Err(wrong("no pong".to_owned()));
-        }
-    }
-    println!("answered");
-    io::stdout().flush()?;
-    let mut rest = Vec::new();
-    let ended = (&socket).read_to_end(&mut rest);
-    Ok(format!("ended with {ended:?}"))
 }
 
 fn ping(cid: u64, port: u64, rounds: u64) -> io::Result<String> {
