@@ -290,8 +290,12 @@ impl Daemon {
             let worked = self.move_bytes();
             let now = Instant::now();
             rhythm.passed(now, worked);
-            let polls = !self.is_idle() && rhythm.spins(now);
-            if polls && !rhythm.asks(now) && self.more.is_empty() {
+            let machines = self.relays.machines() || self.data.as_ref().is_some_and(data::Data::machines);
+            let polls = !self.is_idle() && rhythm.spins(now, machines);
+            let naps = polls && machines && !worked && self.more.is_empty();
+            if naps {
+                std::thread::sleep(rhythm::NAP);
+            } else if polls && !rhythm.asks(now) && self.more.is_empty() {
                 if !worked || only {
                     rustix::thread::sched_yield();
                 }

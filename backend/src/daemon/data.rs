@@ -98,6 +98,11 @@ impl Data {
         self.flows.len() == 0
     }
 
+    /// Whether the flows of a virtual machine are looked at.
+    pub fn machines(&self) -> bool {
+        self.shelves.machines()
+    }
+
     pub fn entries(&self) -> impl Iterator<Item = &Entry> {
         self.flows.iter()
     }
@@ -288,7 +293,7 @@ impl Data {
         let far = RemoteAddress { rkey: 0, address: 0 };
         let (peer, qp, lkey, bells) = (pair.peer, pair.qp, key.lkey, slab.bells[0].clone());
         let tapped = self.taps.mask(vport, flow.identity());
-        let shelf = self.shelves.put(number, &slab.memory, self.flows.next_place());
+        let shelf = self.shelves.put(number, slab, self.flows.next_place());
         let (failed, leaving) = (false, false);
         self.flows.add(Entry { id, peer, vport, flow, qp, lkey, far, bells, shelf, tapped, failed, leaving });
     }

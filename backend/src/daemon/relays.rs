@@ -56,6 +56,11 @@ impl Relays {
         self.by_id.is_empty()
     }
 
+    /// Whether the relays of a virtual machine are looked at.
+    pub fn machines(&self) -> bool {
+        self.shelves.machines()
+    }
+
     /// Begins to relay between two guests, each with its slab and that one's number.
     pub fn add(&mut self, id: u64, vports: [u32; 2], relay: Relay, slabs: [(u64, &Slab); 2]) {
         let at = self.free.pop().unwrap_or_else(|| {
@@ -63,7 +68,7 @@ impl Relays {
             self.places.len() - 1
         });
         let bells = slabs.map(|(_, slab)| slab.bells[0].clone());
-        let shelves = slabs.map(|(number, slab)| self.shelves.put(number, &slab.memory, at));
+        let shelves = slabs.map(|(number, slab)| self.shelves.put(number, slab, at));
         self.places[at] = Some(Entry { id, vports, relay, bells, shelves, failed: false });
         self.by_id.insert(id, at);
     }

@@ -14,10 +14,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::slab::Memory;
+use crate::slab::{Memory, Slab};
 
 /// A slab that has been idle for so long turns cold: longer costs every pass, shorter costs a bell more often.
 pub(super) const COOL: Duration = Duration::from_millis(1);
+/// The same of a slab in a virtual machine, whose bell is many times as dear.
+pub(super) const COOL_MACHINE: Duration = Duration::from_millis(5);
 
 /// A slab with its flows.
 #[derive(Debug)]
@@ -26,6 +28,8 @@ pub(super) struct Shelf {
     memory: Arc<Memory>,
     /// Their places.
     pub flows: Vec<usize>,
+    /// Of a virtual machine.
+    machine: bool,
     warm: bool,
     /// Announced since that was last taken back.
     announced: bool,
@@ -69,7 +73,7 @@ impl Shelf {
     /// Whether it has done nothing for long enough. Also starts counting.
     fn is_due(&mut self, now: Instant) -> bool {
         let since = *self.idle_since.get_or_insert(now);
-        let due = now.saturating_duration_since(since) >= COOL;
+        let due = now.saturating_duration_since(since) >= if self.machine { COOL_MACHINE } else { COOL };
         if due {
             self.idle_since = Some(now);
         }
@@ -88,10 +92,10 @@ pub(super) struct Shelves {
 
 impl Shelves {
     /// Puts a flow with its slab, which becomes warm. Where that is.
-    pub fn put(&mut self, number: u64, memory: &Arc<Memory>, flow: usize) -> usize {
+    pub fn put(&mut self, number: u64, slab: &Slab, flow: usize) -> usize {
         let at = match self.by_number.get(&number) {
             Some(at) => *at,
-            None => self.make(number, memory.clone()),
+            None => self.make(number, slab.memory.clone(), slab.is_lent()),
         };
         if let Some(shelf) = self.get(at) {
             shelf.flows.push(flow);
@@ -100,14 +104,14 @@ impl Shelves {
         at
     }
 
-    fn make(&mut self, number: u64, memory: Arc<Memory>) -> usize {
+    fn make(&mut self, number: u64, memory: Arc<Memory>, machine: bool) -> usize {
         let at = self.free.pop().unwrap_or_else(|| {
             self.shelves.push(None);
             self.shelves.len() - 1
         });
         let (flows, idle_since) = (Vec::new(), None);
         let (warm, announced, quiet, held) = (false, false, false, false);
-        let shelf = Shelf { number, memory, flows, warm, announced, quiet, held, idle_since };
+        let shelf = Shelf { number, memory, flows, machine, warm, announced, quiet, held, idle_since };
         self.shelves[at] = Some(shelf);
         self.by_number.insert(number, at);
         at
@@ -154,6 +158,13 @@ impl Shelves {
     pub fn warm_flows(&self) -> impl Iterator<Item = usize> + '_ {
         let warm = self.warm.iter().filter_map(|at| self.shelves.get(*at)?.as_ref());
         warm.flat_map(|shelf| shelf.flows.iter().copied())
+    }
+
+    /// Whether one of the warm ones is a virtual machine's.
+    pub fn machines(&self) -> bool {
+        self.warm
+            .iter()
+            .any(|at| self.shelves.get(*at).is_some_and(|s| s.as_ref().is_some_and(|s| s.machine)))
     }
 
     /// Adds the warm ones that have done nothing for long enough; all of them if no time is given.

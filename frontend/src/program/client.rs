@@ -471,7 +471,10 @@ impl Client {
         }
         let slab = Arc::new(Slab::map(&memory, segment.slab, segment.geometry).ok()?);
         let mut bells = bells.into_iter().map(lift);
-        let own = bells.by_ref().take(BELLS).collect();
+        let own: Vec<_> = bells.by_ref().take(BELLS).collect();
+        if own.first().is_some_and(|bell| rustix::net::sockopt::socket_type(bell).is_ok()) {
+            super::wait::doorbells_are_streams();
+        }
         let entry = Arc::new(SlabEntry::new(slab, own, bells.collect()));
         self.slabs.insert(id, entry.clone());
         Some(entry)

@@ -111,7 +111,7 @@ impl Conn {
         conn.least.store(1, Ordering::Relaxed);
         conn.kernel_in.store(1, Ordering::Relaxed);
         conn.kernel_out.store(1, Ordering::Relaxed);
-        conn.spin.store(super::wait::SPIN_MAX, Ordering::Relaxed);
+        conn.spin.store(super::wait::spin_most(), Ordering::Relaxed);
         conn.record.store(std::ptr::from_ref(record).cast_mut(), Ordering::Relaxed);
         conn.shared.store(Arc::as_ptr(shared).cast_mut(), Ordering::Relaxed);
         conn.rest.lock().ok()?.records = Some(shared.clone());

@@ -193,7 +193,7 @@ impl EpollSet {
             bell,
             ours: AtomicBool::new(false),
             control: AtomicBool::new(false),
-            spin: AtomicU32::new(wait::SPIN_MAX),
+            spin: AtomicU32::new(wait::spin_most()),
             kernel_turn: AtomicU64::new(0),
             crowded: AtomicBool::new(false),
             inner: Mutex::new(Inner::new(bell)),
@@ -384,6 +384,7 @@ impl EpollSet {
             if n > 0 || timeout == Some(Duration::ZERO) || deadline.is_some_and(|d| d <= Instant::now()) {
                 return Ok(n);
             }
+            let began = Instant::now();
             n = self.spin(out, real, zero)?;
             if n > 0 {
                 return Ok(n);
@@ -402,6 +403,7 @@ impl EpollSet {
                     Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) }
                 });
                 let slept = real(out, left);
+                wait::woke(&self.spin, began);
                 client::check_mail();
                 let mut inner = self.looking()?;
                 inner.sleepers -= 1;

@@ -72,7 +72,7 @@ pub fn ends_within(fd: i32, limit: Duration) -> bool {
 ///
 /// `AGAIN` at the deadline, `INTR` after a signal.
 pub fn wait_one(fd: i32, slot: &'static Slot, want: Want, deadline: Option<Instant>) -> Result<bool, Errno> {
-    let conn = slot.conn();
+    let (conn, began) = (slot.conn(), Instant::now());
     if let Some(conn) = &conn {
         if is_ready(conn, want) == Some(false) && spin_one(conn, want) {
             return Ok(false);
@@ -110,6 +110,9 @@ pub fn wait_one(fd: i32, slot: &'static Slot, want: Want, deadline: Option<Insta
     let set = asleep.as_fd();
     let mut fds = [PollFd::from_borrowed_fd(anchor, events), PollFd::from_borrowed_fd(set, PollFlags::IN)];
     let polled = rustix::event::poll(&mut fds, remaining(deadline).as_ref());
+    if let Some(conn) = &conn {
+        wait::woke(&conn.spin, began);
+    }
     let said = fds[0].revents();
     if !fds[1].revents().is_empty() {
         asleep.settle();
@@ -326,6 +329,7 @@ fn serve(
             let wants = flags_of(fds[*i].events);
             c.record().is(if wants.contains(PollFlags::IN) { status::RX_RING } else { status::TX_RING })
         });
+        let began = Instant::now();
         if let Some((_, conn)) = ringed {
             let crowded = conn.bound().is_some_and(|b| wait::same_cpu(b, 0));
             let mut spin = Spin::new(conn.spin.load(Ordering::Relaxed), crowded);
@@ -372,6 +376,9 @@ fn serve(
             if let Some(bound) = conn.bound() {
                 wait::awake(bound, asleep.bell);
             }
+        }
+        if let Some((_, conn)) = ringed {
+            wait::woke(&conn.spin, began);
         }
         asleep.settle();
         client::check_mail();

@@ -18,7 +18,12 @@ use std::time::{Duration, Instant};
 use vsocket_channel::layout::BELLS;
 
 /// Longest spin, in nanoseconds: longer adds little, as what it saves is a wake-up across cores.
-pub const SPIN_MAX: u32 = 50_000;
+const SPIN_MAX: u32 = 50_000;
+/// And where doorbells are streams of a virtual machine's device: a ring there takes two processes of the host and an
+/// interrupt of the guest, and what runs meanwhile on the guest's processor is nobody else.
+const SPIN_MAX_STREAM: u32 = 2_000_000;
+/// Which of them holds in this program.
+static SPIN_MOST: AtomicU32 = AtomicU32::new(SPIN_MAX);
 /// Shortest spin.
 const SPIN_MIN: u32 = 2_000;
 /// Pure spinning before the processor is offered to others.
@@ -37,6 +42,16 @@ pub fn shared_by_fork() {
 /// Whether another process may share this one's waiters.
 pub fn is_shared() -> bool {
     SHARED.load(Ordering::Relaxed)
+}
+
+/// The longest spin, in nanoseconds.
+pub fn spin_most() -> u32 {
+    SPIN_MOST.load(Ordering::Relaxed)
+}
+
+/// A slab's doorbells are streams, so this is a virtual machine.
+pub fn doorbells_are_streams() {
+    SPIN_MOST.store(SPIN_MAX_STREAM, Ordering::Relaxed);
 }
 
 /// The doorbell number for a new waiter: the one with the fewest.
@@ -126,9 +141,19 @@ impl Spin {
 /// What the next spin may cost, learnt from whether this one paid.
 pub fn learn(spin: &AtomicU32, paid: bool) {
     let was = spin.load(Ordering::Relaxed);
-    let next = if paid { (was * 2).min(SPIN_MAX) } else { (was / 2).max(SPIN_MIN) };
+    let next = if paid { (was * 2).min(spin_most()) } else { (was / 2).max(SPIN_MIN) };
     if next != was {
         spin.store(next, Ordering::Relaxed);
+    }
+}
+
+/// A sleep has ended that followed a spin in vain, begun then. In a machine, where it would have been met by a longer one,
+/// the next is longer, as a hypervisor polls longer for a processor that has halted for a moment only.
+pub fn woke(spin: &AtomicU32, began: Instant) {
+    let most = spin_most();
+    if most > SPIN_MAX && began.elapsed() < Duration::from_nanos(u64::from(most)) {
+        let was = spin.load(Ordering::Relaxed);
+        spin.store((was * 8).min(most), Ordering::Relaxed);
     }
 }
 
