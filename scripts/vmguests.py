@@ -387,7 +387,12 @@ class Scenarios:
         qmp.do("set-action", reboot="reset")
         qmp.do("system_reset")
         other.on("lane").goes_on()
-        answers = lambda: lab.command("plain", "vm1", "--", "true", limit=30).returncode == 0
+        def answers():
+            try:
+                return lab.command("plain", "vm1", "--", "true", limit=5).returncode == 0
+            except Failure:
+                return False
+
         time.sleep(2)
         wait_until(90, answers, "the machine does not answer")
         flow.client.kill(), flow.server.kill()

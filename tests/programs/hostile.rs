@@ -65,11 +65,17 @@ impl Stream {
 
     /// From a port that only root has.
     fn privileged(port: u32) -> io::Result<Self> {
-        let taken = |error: &io::Error| error.kind() == io::ErrorKind::AddrInUse;
+        // The end of a stream that had the port before may still be under way, and ends this one.
+        let mut resets = 0..3;
+        let mut taken = |error: &io::Error| match error.kind() {
+            io::ErrorKind::AddrInUse => true,
+            io::ErrorKind::ConnectionReset => resets.next().is_some(),
+            _ => false,
+        };
         (512..1023)
             .rev()
             .map(|from| Self::open(port, from))
-            .find(|one| !one.as_ref().is_err_and(taken))
+            .find(|one| !one.as_ref().is_err_and(&mut taken))
             .unwrap_or_else(|| Err(io::Error::other("no privileged port is free")))
     }
 
