@@ -179,9 +179,9 @@ def iperf3_rate(out):
 
 # Name, unit, whether less is better, server and client, what the client's output says, least share of bytes on a lane.
 WORKLOADS = [
-    ("redis-get-c10", "k req/s", False, "redis", "redis-benchmark -h {at} -p {port} -t get -c 10 -n 4000 --csv", redis_rate, 0.7),
-    ("redis-get-c1", "k req/s", False, "redis", "redis-benchmark -h {at} -p {port} -t get -c 1 -n 600 --csv", redis_rate, 0.7),
-    ("iperf3-1", "Mbit/s", False, "iperf3 -s -B {at} -p {port}", "iperf3 -c {at} -p {port} -t 1 -J", iperf3_rate, 0.5),
+    ("redis-get-c10", "k req/s", False, "redis", "redis-benchmark -h {at} -p {port} -t get -c 10 -n 10000 --csv", redis_rate, 0.7),
+    ("redis-get-c1", "k req/s", False, "redis", "redis-benchmark -h {at} -p {port} -t get -c 1 -n 1500 --csv", redis_rate, 0.7),
+    ("iperf3-1", "Mbit/s", False, "iperf3 -s -B {at} -p {port}", "iperf3 -c {at} -p {port} -t 2 -J", iperf3_rate, 0.5),
     (
         "sockperf-pingpong",
         "µs",
