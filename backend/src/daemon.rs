@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use vsocket_channel::reason::Reason;
 
@@ -294,7 +295,7 @@ impl Daemon {
             let polls = !self.is_idle() && rhythm.spins(now, machines);
             let naps = polls && machines && !worked && self.more.is_empty();
             if naps {
-                std::thread::sleep(rhythm::NAP);
+                self.nap();
             } else if polls && !rhythm.asks(now) && self.more.is_empty() {
                 if !worked || only {
                     rustix::thread::sched_yield();
@@ -332,6 +333,12 @@ impl Daemon {
             }
             self.handle_time(now);
         }
+    }
+
+    /// Sleeps for a moment, which the kernel ends early if it has something to say.
+    fn nap(&self) {
+        let limit = Timespec { tv_sec: 0, tv_nsec: i64::from(rhythm::NAP.subsec_nanos()) };
+        let _ = rustix::event::poll(&mut [PollFd::new(self.poll.registry(), PollFlags::IN)], Some(&limit));
     }
 
     /// Whether no connection's bytes go through this backend.
