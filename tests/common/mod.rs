@@ -490,6 +490,18 @@ impl Program {
         let _ = self.child.wait();
     }
 
+    /// Sends it a signal.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_raw(self.pid() as i32).expect("the pid of a child");
+        rustix::process::kill_process(pid, signal).expect("a child of ours");
+    }
+
+    /// SIGTERM, and waits until it has gone, as a server does that ends its children first.
+    pub fn terminate(self) -> Ended {
+        self.signal(rustix::process::Signal::TERM);
+        self.ends(SOON)
+    }
+
     /// Waits for its end; standard input is left as it is.
     pub fn ends(mut self, limit: Duration) -> Ended {
         let end = Instant::now() + limit;

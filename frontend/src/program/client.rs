@@ -11,9 +11,9 @@ use crate::kernel;
 use crate::memory::{Bound, Records, Ringers, Slab};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 use vsocket_channel::layout::BELLS;
 use vsocket_channel::message::{Message, Segment};
@@ -206,7 +206,7 @@ pub fn before_fork() -> Option<Carrier> {
     if client.conns.is_empty() || client.carrier.is_none() {
         return None;
     }
-    let carrier = Carrier::connect(&agent_path()).ok()?;
+    let carrier = Carrier::connect(agent_path()).ok()?;
     carrier.send(&Message::Attach { pid: std::process::id(), inherit: client.program }, &[]).ok()?;
     Some(carrier)
 }
@@ -235,8 +235,14 @@ fn inode(fd: &OwnedFd) -> Option<u64> {
     Some(rustix::fs::fstat(fd).ok()?.st_ino)
 }
 
-fn agent_path() -> PathBuf {
-    std::env::var_os(AGENT_VARIABLE).map_or_else(|| PathBuf::from(AGENT_DEFAULT), PathBuf::from)
+/// The agent's socket, as the environment named it when the program began: servers such as nginx clear theirs.
+static AGENT: OnceLock<PathBuf> = OnceLock::new();
+
+/// The agent's socket; [`super::fork::at_load`] asks first.
+pub fn agent_path() -> &'static Path {
+    let named =
+        || std::env::var_os(AGENT_VARIABLE).map_or_else(|| PathBuf::from(AGENT_DEFAULT), PathBuf::from);
+    AGENT.get_or_init(named)
 }
 
 impl Client {
@@ -263,7 +269,7 @@ impl Client {
             return false;
         }
         self.retry_at = Some(Instant::now() + RETRY);
-        let Ok(carrier) = Carrier::connect(&agent_path()).map(Carrier::lifted) else { return false };
+        let Ok(carrier) = Carrier::connect(agent_path()).map(Carrier::lifted) else { return false };
         if carrier.send(&Message::Attach { pid: std::process::id(), inherit: 0 }, &[]).is_err() {
             return false;
         }

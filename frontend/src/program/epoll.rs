@@ -393,6 +393,7 @@ impl EpollSet {
             let mut inner = self.looking()?;
             inner.sleepers += 1;
             inner.announce();
+            let known = inner.registrations();
             drop(inner);
             client::check_mail();
             let looked = self.look(out, real, zero);
@@ -408,8 +409,14 @@ impl EpollSet {
                 let mut inner = self.looking()?;
                 inner.sleepers -= 1;
                 n = self.sift(&mut inner, out, slept?);
-                let room = out.len();
-                n += self.harvest(&mut inner, &mut out[n..room], true);
+                if n > 0 && inner.registrations() != known {
+                    // What the kernel has reported as the application's may have become ours since: not twice. Ours come
+                    // first at the next look.
+                    self.crowded.store(true, Ordering::Relaxed);
+                } else {
+                    let room = out.len();
+                    n += self.harvest(&mut inner, &mut out[n..room], true);
+                }
                 drop(inner);
                 self.hear_control();
                 if n == 0 && deadline.is_some_and(|d| d <= Instant::now()) {

@@ -36,8 +36,10 @@ extern "C" fn reserve() {
     descriptors::reserve();
 }
 
-/// Before the program has a second thread, and in each child before it has one: room for our descriptors.
+/// Before the program has a second thread, and in each child before it has one: room for our descriptors. And before it
+/// can change its environment: where the agent is.
 pub fn at_load() {
+    let _ = client::agent_path();
     descriptors::reserve();
     // SAFETY: as in `install`. A child has a descriptor table of the size of what it inherits.
     unsafe { libc::pthread_atfork(None, None, Some(reserve)) };

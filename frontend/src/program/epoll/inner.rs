@@ -104,6 +104,11 @@ impl Inner {
         at
     }
 
+    /// How many connections have been taken in so far: tells whether one was since.
+    pub fn registrations(&self) -> u32 {
+        self.serial
+    }
+
     fn place(&mut self, fd: i32, at: u32) {
         let fd = fd as usize;
         if self.index.len() <= fd {

@@ -506,6 +506,30 @@ mod cold {
         assert_eq!(rig.lines[0].recv(), Ok(5));
     }
 
+    /// The kernel reports a descriptor in its old way, and before anybody looks it becomes a connection of ours: an
+    /// application that reads once for each event finds nothing the second time.
+    #[test]
+    fn a_connection_taken_in_during_the_sleep_is_reported_once() {
+        let mut rig = Rig::new(1, IN);
+        forget_fd(rig.lines[0].fd);
+        rig.lines[0].publish(b"1");
+        let mut out = [libc::epoll_event { events: 0, u64: 0 }; 8];
+        let mut slept = 0;
+        let mut real = |out: &mut [libc::epoll_event], timeout: Option<Timespec>| {
+            if timeout.is_some() {
+                return Ok(0);
+            }
+            slept += 1;
+            out[0] = libc::epoll_event { events: IN, u64: 0 };
+            rig.ctl(libc::EPOLL_CTL_ADD, 0, IN);
+            Ok(1)
+        };
+        assert_eq!(rig.set.wait(&mut out, None, None, &mut real), Ok(1));
+        assert_eq!(slept, 1);
+        // It is still ready, if the application has not read it.
+        assert_eq!(rig.ready(), vec![(0, IN)]);
+    }
+
     /// A descriptor number that stands for another connection: what was known of the one before does not count.
     #[test]
     fn a_number_that_is_used_again_is_another_connection() {

@@ -1,0 +1,127 @@
+//! Servers in the standard libraries of Python, node, Java and Go, and a static one: each echoes what a client that knows
+//! what it sent compares.
+
+use std::fs;
+
+use crate::common::Program;
+use crate::kit::{self, PATHS, Site, number, on_lane, source};
+
+const PORT: u16 = 7007;
+
+/// The client's rates: MB/s echoed, and round trips a second.
+fn echo(site: &Site, verb: &str, mib: u32) -> (f64, f64) {
+    let (ip, mib) = (site.ip(), mib.to_string());
+    let out = site.client(verb, &["python3", &source("echo_client.py"), &ip, &PORT.to_string(), "4", &mib]);
+    (number(&out, "mbyte/s"), number(&out, "round trips/s"))
+}
+
+/// A server that the client's connections go over lanes to: plainly, then accelerated.
+fn echoes(test: &str, serve: impl Fn(&Site, &str) -> Program) {
+    for path in PATHS {
+        let site = Site::new(test, path);
+        let mut trips = Vec::new();
+        // Four connections of 32 MiB each way, and one that asks and waits.
+        site.compare("echo of 4 x 32 MiB", "MB/s", on_lane(5, 200 << 20), |verb| {
+            let server = serve(&site, verb);
+            let (rate, turns) = echo(&site, verb, 32);
+            trips.push(turns);
+            kit::stop(server);
+            rate
+        });
+        kit::figure(test, "echo of 64 bytes", path, "round trips/s", (trips[0], trips[1]));
+    }
+}
+
+fn python(kind: &'static str) -> impl Fn(&Site, &str) -> Program {
+    move |site, verb| {
+        let script = source("echo_server.py");
+        site.serve(verb, PORT, &["python3", &script, kind, &site.ip(), &PORT.to_string()])
+    }
+}
+
+#[test]
+fn python_asyncio() {
+    if kit::have(&["python3:python3"]) {
+        echoes("python-asyncio", python("asyncio"));
+    }
+}
+
+#[test]
+fn python_socketserver_threading() {
+    if kit::have(&["python3:python3"]) {
+        echoes("python-threading", python("threading"));
+    }
+}
+
+#[test]
+fn python_socketserver_forking() {
+    if kit::have(&["python3:python3"]) {
+        echoes("python-forking", python("forking"));
+    }
+}
+
+#[test]
+fn node() {
+    if kit::have(&["node:nodejs", "python3:python3"]) {
+        echoes("node", |site, verb| {
+            site.serve(verb, PORT, &["node", &source("echo.js"), &site.ip(), &PORT.to_string()])
+        });
+    }
+}
+
+#[test]
+fn java_nio() {
+    if !kit::have(&["javac:openjdk-17-jdk-headless", "python3:python3"]) {
+        return;
+    }
+    echoes("java-nio", |site, verb| {
+        let classes = site.at("classes");
+        if !fs::exists(&classes).unwrap_or(false) {
+            kit::prepare(&["javac", "-d", &classes, &source("Echo.java")]);
+        }
+        site.serve(
+            verb,
+            PORT,
+            &["java", "-Xshare:auto", "-cp", &classes, "Echo", &site.ip(), &PORT.to_string()],
+        )
+    });
+}
+
+/// A server whose program does not load the library: its clients stay on TCP, and say why.
+fn stays_on_tcp(site: &Site, server: &[&str]) {
+    let before = site.lab.before(site.path);
+    let then = site.lab.stat("a");
+    let server = site.serve("run", PORT, server);
+    echo(site, "run", 32);
+    before.none_upgraded();
+    let declined = site.lab.stat("a").declined("peer-not-open") - then.declined("peer-not-open");
+    assert_eq!(declined, 5, "connections on TCP as the peer has not opened them");
+    kit::stop(server);
+}
+
+#[test]
+fn go() {
+    if !kit::have(&["go:golang-go", "python3:python3"]) {
+        return;
+    }
+    for path in PATHS {
+        let site = Site::new("go", path);
+        let program = site.at("echo");
+        let build = format!("HOME={} go build -o {program} {}", site.at(""), source("echo.go"));
+        kit::prepare(&["sh", "-c", &build]);
+        stays_on_tcp(&site, &[&program, &site.ip(), &PORT.to_string()]);
+    }
+}
+
+#[test]
+fn static_binary() {
+    if !kit::have(&["gcc:gcc", "python3:python3"]) {
+        return;
+    }
+    for path in PATHS {
+        let site = Site::new("static", path);
+        let program = site.at("echo");
+        kit::prepare(&["gcc", "-O2", "-static", "-pthread", "-o", &program, &source("echo.c")]);
+        stays_on_tcp(&site, &[&program, &site.ip(), &PORT.to_string()]);
+    }
+}

@@ -1,0 +1,194 @@
+//! iperf3's modes, sockperf's, scp, rsync.
+
+use serde_json::Value;
+use std::fs;
+
+use crate::common::{Program, wait_until};
+use crate::kit::{self, PATHS, SOON, Site, number, on_lane, same};
+
+const IPERF: u16 = 5201;
+const SOCKPERF: u16 = 6401;
+const SSH: u16 = 2222;
+const RSYNC: u16 = 8873;
+
+// ---------------------------------------------------------------- iperf3, sockperf
+
+#[test]
+fn iperf3() {
+    if !kit::have(&["iperf3:iperf3"]) {
+        return;
+    }
+    for path in PATHS {
+        let site = Site::new("iperf3", path);
+        let ip = site.ip();
+        for (options, connections) in
+            [(&["-R"][..], 1), (&["--bidir"], 2), (&["-P", "8"], 8), (&["-Z"], 1), (&["-l", "1000"], 1)]
+        {
+            site.compare(&options.join(" "), "Mbit/s", on_lane(connections, 100 << 20), |verb| {
+                let server = site.serve(verb, IPERF, &["iperf3", "-s", "-B", &ip]);
+                let out = site.client(verb, &[&["iperf3", "-c", &ip, "-J", "-t", "2"], options].concat());
+                drop(server);
+                let result: Value = serde_json::from_str(&out).expect("JSON of iperf3");
+                assert!(result["error"].is_null(), "{result}");
+                let sums = ["sum_received", "sum_received_bidir_reverse"].map(|sum| &result["end"][sum]);
+                let rates = sums.iter().filter_map(|sum| sum["bits_per_second"].as_f64());
+                rates.sum::<f64>() / 1e6
+            });
+        }
+    }
+}
+
+#[test]
+fn sockperf() {
+    if !kit::have(&["sockperf:sockperf"]) {
+        return;
+    }
+    for path in PATHS {
+        let site = Site::new("sockperf", path);
+        let (ip, port) = (site.ip(), SOCKPERF.to_string());
+        let at = ["--tcp", "-i", &ip, "-p", &port];
+        for (mode, options, label) in [
+            ("ping-pong", &["--msg-size", "64", "--mps", "400000"][..], "Rate = "),
+            ("ping-pong", &["--msg-size", "8000", "--mps", "400000"], "Rate = "),
+            ("throughput", &["--msg-size", "1000"], "Message Rate is "),
+        ] {
+            let what = [&[mode], options].concat().join(" ");
+            site.compare(&what, "msg/s", on_lane(1, 100_000), |verb| {
+                let server = site.serve(verb, SOCKPERF, &[&["sockperf", "server"], &at[..]].concat());
+                let out =
+                    site.client(verb, &[&["sockperf", mode], &at[..], options, &["--time", "2"]].concat());
+                assert!(
+                    mode != "ping-pong" || out.contains("dropped messages = 0; # duplicated messages = 0"),
+                    "{out}"
+                );
+                drop(server);
+                if mode == "ping-pong" {
+                    1e6 / (2.0 * number(&out, "avg-latency="))
+                } else {
+                    number(&out, label)
+                }
+            });
+        }
+    }
+}
+
+// ---------------------------------------------------------------- scp
+
+/// A server with keys of its own, in the path's server guest.
+struct Ssh<'a> {
+    site: &'a Site,
+    options: Vec<String>,
+}
+
+impl<'a> Ssh<'a> {
+    fn new(site: &'a Site) -> Self {
+        let (host, user) = (site.at("host"), site.at("user"));
+        for key in [&host, &user] {
+            kit::prepare(&["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key]);
+        }
+        // Where the packaged service would keep what an unprivileged child is locked into.
+        kit::prepare(&["install", "-d", "-m", "755", "/run/sshd"]);
+        site.text(
+            "sshd_config",
+            &format!(
+                "Port {SSH}\nListenAddress {}\nHostKey {host}\nPidFile none\nAuthorizedKeysFile {user}.pub\n\
+                 StrictModes no\nUsePAM no\nPermitRootLogin prohibit-password\nSubsystem sftp internal-sftp\n\
+                 Ciphers aes128-gcm@openssh.com\n",
+                site.ip()
+            ),
+        );
+        let words =
+            ["-q", "-i", &user, "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"];
+        let words = [&words[..], &["-o", "BatchMode=yes", "-F", "/dev/null"]].concat();
+        Self { site, options: words.into_iter().map(str::to_owned).collect() }
+    }
+
+    fn serve(&self, verb: &str) -> Program {
+        self.site.serve(verb, SSH, &["/usr/sbin/sshd", "-D", "-e", "-f", &self.site.at("sshd_config")])
+    }
+
+    fn run(&self, verb: &str, program: &str, words: &[&str]) -> String {
+        let options: Vec<_> = self.options.iter().map(String::as_str).collect();
+        let port = if program == "ssh" { "-p" } else { "-P" };
+        self.site.client(verb, &[&[program], &options[..], &[port, "2222"], words].concat())
+    }
+}
+
+#[test]
+fn scp_a_gigabyte() {
+    if !kit::have(&["/usr/sbin/sshd:openssh-server", "scp:openssh-client"]) {
+        return;
+    }
+    for path in PATHS {
+        let site = Site::new("scp", path);
+        let ssh = Ssh::new(&site);
+        let (from, to) = (site.bytes("1g", 1 << 30), site.at("1g.there"));
+        let far = format!("root@{}:{to}", site.ip());
+        site.compare("scp, 1 GiB", "MB/s", on_lane(1, 900 << 20), |verb| {
+            let server = ssh.serve(verb);
+            let begun = std::time::Instant::now();
+            ssh.run(verb, "scp", &[&from, &far]);
+            let took = begun.elapsed();
+            same(&from, &to);
+            kit::stop(server);
+            1073.0 / took.as_secs_f64()
+        });
+        // And back; a session with a terminal's manners; and a forwarded port is a program in the middle.
+        let server = ssh.serve("run");
+        let back = site.at("1g.back");
+        ssh.run("run", "scp", &[&far, &back]);
+        same(&from, &back);
+        let host = format!("root@{}", site.ip());
+        let out = ssh.run("run", "ssh", &[&host, "seq 300000 | md5sum; echo done"]);
+        assert!(out.contains("done"), "{out}");
+        let out = ssh.run("run", "ssh", &[&host, "seq 300000"]);
+        assert_eq!(out.lines().count(), 300_000);
+        kit::stop(server);
+    }
+}
+
+// ---------------------------------------------------------------- rsync
+
+#[test]
+fn rsync_over_a_daemon() {
+    if !kit::have(&["rsync:rsync"]) {
+        return;
+    }
+    for path in PATHS {
+        let site = Site::new("rsync", path);
+        fs::create_dir_all(site.at("from/small")).expect("a directory in memory");
+        site.bytes("from/300m", 300 << 20);
+        for n in 0..1000 {
+            site.bytes(&format!("from/small/{n}"), 100 + 37 * n);
+        }
+        let module = site.at("");
+        let text = format!(
+            "port = {RSYNC}\naddress = {}\nuse chroot = no\nuid = root\ngid = root\nread only = no\n[all]\npath = {module}\n",
+            site.ip()
+        );
+        let configuration = format!("--config={}", site.text("rsyncd.conf", &text));
+        let serve =
+            |verb: &str| site.serve(verb, RSYNC, &["rsync", "--daemon", "--no-detach", &configuration]);
+        let (from, url) = (site.at("from/"), format!("rsync://{}:{RSYNC}/all", site.ip()));
+        site.compare("push, 300 MiB and 1000 files", "MB/s", on_lane(1, 280 << 20), |verb| {
+            let server = serve(verb);
+            let begun = std::time::Instant::now();
+            let to = format!("{url}/there-{verb}/");
+            site.client(verb, &["rsync", "-a", "--whole-file", &from, &to]);
+            let took = begun.elapsed();
+            kit::prepare(&["diff", "-r", &from, &site.at(&format!("there-{verb}"))]);
+            kit::stop(server);
+            332.0 / took.as_secs_f64()
+        });
+        // Only what differs, and back; checksums cross both ways.
+        let server = serve("run");
+        let before = site.lab.before(path);
+        site.bytes("from/300m", (300 << 20) - 12345);
+        site.client("run", &["rsync", "-a", "-c", "--delete", &from, &format!("{url}/there-run/")]);
+        site.client("run", &["rsync", "-a", "--delete", &format!("{url}/there-run/"), &site.at("back")]);
+        kit::prepare(&["diff", "-r", &from, &site.at("back")]);
+        on_lane(2, 280 << 20)(&before);
+        kit::stop(server);
+        wait_until(SOON, "no connection is left", || site.lab.ss("a").is_empty());
+    }
+}
