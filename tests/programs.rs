@@ -123,3 +123,27 @@ fn sockperf_ping_pong() {
         proof(&before, 1, 100_000);
     }
 }
+
+/// A fork copies a connection that nobody has opened so far. While both processes have it neither may put it on a lane, for
+/// the other would go on at the kernel's socket; the one that is left may, if it has moved all of its bytes.
+#[test]
+fn a_connection_that_a_fork_has_copied() {
+    let script = format!("{}/tests/programs/handover.py", env!("CARGO_MANIFEST_DIR"));
+    for path in PATHS {
+        let lab = Lab::up(&format!("programs-handover-{}", path.lane()));
+        let host = v4(path.server(), 7000).ip().to_string();
+        for rounds in ["0", "12", "300"] {
+            let serve = ["python3", &script, "serve", &host, "7000", rounds];
+            let server = lab.serve(path.server(), 7000, &serve);
+            let before = lab.before(path);
+            let out = lab.run("a", &["python3", &script, "ask", &host, "7000", "600"]).ok();
+            assert_eq!(out, "answered 600\n", "after {rounds} of them by a child");
+            if rounds == "0" {
+                before.upgraded(1)
+            } else {
+                before.none_upgraded()
+            }
+            drop(server);
+        }
+    }
+}

@@ -31,6 +31,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("frontend/src/program/epoll.rs", "C structures of epoll, and descriptors of the application"),
     ("frontend/src/program/epoll/tests.rs", "real sets for the same calls"),
     ("frontend/src/program/fork.rs", "pthread_atfork"),
+    ("frontend/src/program/kin.rs", "memory that a process shares with its children"),
     ("frontend/src/program/pipes.rs", "descriptors that belong to the application"),
     ("frontend/src/program/poll.rs", "C structures of poll and select"),
     ("frontend/src/program/socket.rs", "descriptors that belong to the application"),
@@ -68,6 +69,7 @@ const HOOKS: &[(&str, &str)] = &[
     ("fdopen", "stdio reads and writes by symbols that nobody can hook"),
     ("getsockopt", "SO_ERROR after a reset on the lane"),
     ("ioctl", "FIONREAD, FIONBIO"),
+    ("prctl", "a sandbox, from which no agent can be asked"),
     ("setsockopt", "SO_RCVLOWAT"),
     ("shutdown", "the end of one direction, behind its last byte"),
     // Receiving.

@@ -83,7 +83,9 @@ struct Ssh<'a> {
 impl<'a> Ssh<'a> {
     fn new(site: &'a Site) -> Self {
         let (host, user) = (site.at("host"), site.at("user"));
-        for key in [&host, &user] {
+        // A client with many keys has proved itself worth a lane before it is let in.
+        let others: Vec<_> = (0..5).map(|n| site.at(&format!("other-{n}"))).collect();
+        for key in [&host, &user].into_iter().chain(&others) {
             kit::prepare(&["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key]);
         }
         // Where the packaged service would keep what an unprivileged child is locked into.
@@ -92,14 +94,22 @@ impl<'a> Ssh<'a> {
             "sshd_config",
             &format!(
                 "Port {SSH}\nListenAddress {}\nHostKey {host}\nPidFile none\nAuthorizedKeysFile {user}.pub\n\
-                 StrictModes no\nUsePAM no\nPermitRootLogin prohibit-password\nSubsystem sftp internal-sftp\n\
+                 StrictModes no\nUsePAM no\nMaxAuthTries 20\nPermitRootLogin prohibit-password\nSubsystem sftp internal-sftp\n\
                  Ciphers aes128-gcm@openssh.com\n",
                 site.ip()
             ),
         );
-        let words =
-            ["-q", "-i", &user, "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"];
-        let words = [&words[..], &["-o", "BatchMode=yes", "-F", "/dev/null"]].concat();
+        let words = [
+            "-q",
+            "-o",
+            "IdentitiesOnly=yes",
+            "-o",
+            "StrictHostKeyChecking=no",
+            "-o",
+            "UserKnownHostsFile=/dev/null",
+        ];
+        let keys: Vec<_> = others.iter().chain([&user]).flat_map(|key| ["-i", key]).collect();
+        let words = [&keys[..], &words, &["-o", "BatchMode=yes", "-F", "/dev/null"]].concat();
         Self { site, options: words.into_iter().map(str::to_owned).collect() }
     }
 

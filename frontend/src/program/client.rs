@@ -4,6 +4,7 @@
 use super::conn::{Conn, ConnRef, Shared};
 use super::descriptors::lift;
 use super::epoll;
+use super::kin;
 use super::table::{self, Slot};
 use super::wait;
 use crate::carrier::{Carrier, Packet};
@@ -97,8 +98,8 @@ fn set_control(fd: i32) {
 
 /// Whether a descriptor that was counted has proved worth opening.
 pub fn worth_it(slot: &Slot) -> bool {
-    let (tx, rx) = slot.moved();
-    tx + rx >= WORTH_BYTES.load(Ordering::Relaxed) || slot.turns() >= WORTH_ROUNDS.load(Ordering::Relaxed)
+    slot.shown() >= WORTH_BYTES.load(Ordering::Relaxed)
+        || slot.turns() >= WORTH_ROUNDS.load(Ordering::Relaxed)
 }
 
 /// Looks after what the agent has said, if the counter in shared memory shows that it has said something.
@@ -131,8 +132,24 @@ pub fn read_mail() {
     }
 }
 
+/// The process has locked itself into a sandbox of system calls.
+static CONFINED: AtomicBool = AtomicBool::new(false);
+
+/// The process locks itself into a sandbox of system calls, as servers do before they read what a stranger sends: a call
+/// that it does not foresee, such as a socket for the agent, may kill it. Nothing is opened from now on.
+pub fn confine() {
+    CONFINED.store(true, Ordering::Release);
+    let Ok(mut guard) = CLIENT.try_lock() else { return };
+    if let Some(client) = guard.as_mut().filter(|client| client.conns.is_empty()) {
+        client.forget_agent();
+    }
+}
+
 /// A followed descriptor has proved worth it, or waits for its answer: goes on with opening it.
 pub fn open(fd: i32, slot: &'static Slot) {
+    if CONFINED.load(Ordering::Acquire) {
+        return slot.phase.store(table::NONE, Ordering::Release);
+    }
     let Ok(mut guard) = CLIENT.try_lock() else { return };
     let client = guard.get_or_insert_with(|| {
         super::fork::install();
@@ -143,6 +160,10 @@ pub fn open(fd: i32, slot: &'static Slot) {
     }
     client.read();
     if slot.phase.load(Ordering::Relaxed) > table::WANTED || slot.inside() > 0 {
+        return;
+    }
+    if !kin::is_alone(fd, slot) {
+        slot.again();
         return;
     }
     if client.attach() {
@@ -384,7 +405,8 @@ impl Client {
         self.program = program;
         // Whoever has proved worth it meanwhile may make no call for a while.
         for (fd, slot) in table::all() {
-            if slot.phase.load(Ordering::Relaxed) == table::WANTED && slot.inside() == 0 {
+            let wanted = slot.phase.load(Ordering::Relaxed) == table::WANTED && slot.inside() == 0;
+            if wanted && kin::is_alone(fd, slot) {
                 self.track(fd, slot);
             }
         }
@@ -399,6 +421,11 @@ impl Client {
             self.tell(&Message::Closed { record }, &[]);
             return;
         };
+        if !kin::is_alone(fd, slot) {
+            // Forked while it was asked for.
+            self.tell(&Message::Closed { record }, &[]);
+            return slot.again();
+        }
         let made = slot.adopt(|| {
             let conn = Conn::make(fd, record, &shared)?;
             let (tx, rx) = slot.moved();

@@ -2,6 +2,7 @@
 
 use super::client;
 use super::descriptors;
+use super::kin;
 use super::wait;
 use crate::carrier::Carrier;
 use std::sync::Mutex;
@@ -34,6 +35,11 @@ extern "C" fn in_child() {
 
 extern "C" fn reserve() {
     descriptors::reserve();
+    kin::in_child();
+}
+
+extern "C" fn count() {
+    kin::before();
 }
 
 /// Before the program has a second thread, and in each child before it has one: room for our descriptors. And before it
@@ -42,7 +48,7 @@ pub fn at_load() {
     let _ = client::agent_path();
     descriptors::reserve();
     // SAFETY: as in `install`. A child has a descriptor table of the size of what it inherits.
-    unsafe { libc::pthread_atfork(None, None, Some(reserve)) };
+    unsafe { libc::pthread_atfork(Some(count), None, Some(reserve)) };
 }
 
 /// Begins to follow forks of this process.

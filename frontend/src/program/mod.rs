@@ -12,6 +12,7 @@ pub mod conn;
 pub mod descriptors;
 pub mod epoll;
 pub mod fork;
+pub mod kin;
 pub mod pipes;
 pub mod poll;
 pub mod socket;

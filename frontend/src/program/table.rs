@@ -39,6 +39,10 @@ pub struct Slot {
     /// Bytes sent and received.
     tx: AtomicU64,
     rx: AtomicU64,
+    /// What had moved when it was last found not to be ours alone.
+    since: AtomicU64,
+    /// Who else may hold it: see [`super::kin`].
+    pub kin: AtomicU32,
     conn: AtomicPtr<Conn>,
     /// The epoll set of this number, if it is one.
     pub epoll: AtomicPtr<super::epoll::EpollSet>,
@@ -56,9 +60,13 @@ pub fn followed(fd: i32) -> Option<&'static Slot> {
     slot(fd).filter(|s| s.phase.load(Ordering::Relaxed) != NONE)
 }
 
+/// Above this number no slot has been in use so far: looks over all of them, as before each fork, end there.
+static IN_USE: AtomicU32 = AtomicU32::new(0);
+
 /// All slots in use, with their numbers.
 pub fn all() -> impl Iterator<Item = (i32, &'static Slot)> {
-    (0i32..).zip(&SLOTS).filter(|(_, s)| s.phase.load(Ordering::Relaxed) != NONE)
+    let used = IN_USE.load(Ordering::Relaxed) as usize;
+    (0i32..).zip(&SLOTS[..used.min(MAX_FDS)]).filter(|(_, s)| s.phase.load(Ordering::Relaxed) != NONE)
 }
 
 impl Slot {
@@ -74,6 +82,8 @@ impl Slot {
             epoch: AtomicU32::new(0),
             tx: AtomicU64::new(0),
             rx: AtomicU64::new(0),
+            since: AtomicU64::new(0),
+            kin: AtomicU32::new(0),
             conn: AtomicPtr::new(std::ptr::null_mut()),
             epoll: AtomicPtr::new(std::ptr::null_mut()),
         }
@@ -81,14 +91,36 @@ impl Slot {
 
     /// Begins to follow a fresh connection.
     pub fn follow(&self, connector: bool) {
-        for word in [&self.tx, &self.rx] {
+        for word in [&self.tx, &self.rx, &self.since] {
             word.store(0, Ordering::Relaxed);
         }
+        self.kin.store(super::kin::NOBODY, Ordering::Relaxed);
         self.turns.store(0, Ordering::Relaxed);
         self.last.store(0, Ordering::Relaxed);
         self.connector.store(u8::from(connector), Ordering::Relaxed);
         self.epoch.fetch_add(1, Ordering::Relaxed);
+        self.seen();
         self.phase.store(COUNTED, Ordering::Release);
+    }
+
+    /// It is among the slots in use from now on.
+    fn seen(&self) {
+        let number = (std::ptr::from_ref(self).addr() - SLOTS.as_ptr().addr()) / size_of::<Self>();
+        IN_USE.fetch_max(number as u32 + 1, Ordering::Relaxed);
+    }
+
+    /// It was worth opening and cannot be now: it is to prove it once more.
+    pub fn again(&self) {
+        let (tx, rx) = self.moved();
+        self.since.store(tx + rx, Ordering::Relaxed);
+        self.turns.store(0, Ordering::Relaxed);
+        self.phase.store(COUNTED, Ordering::Release);
+    }
+
+    /// Bytes that count towards its being worth it.
+    pub fn shown(&self) -> u64 {
+        let (tx, rx) = self.moved();
+        tx + rx - self.since.load(Ordering::Relaxed).min(tx + rx)
     }
 
     /// Stops following; the connection object, if there was one.
@@ -134,6 +166,7 @@ impl Slot {
     /// Puts a connection object into the slot, which takes over the reference.
     pub fn hold(&self, conn: ConnRef) {
         conn.put(&self.conn);
+        self.seen();
         self.phase.store(HELD, Ordering::Release);
     }
 

@@ -3,7 +3,7 @@
 
 use libc::{c_int, c_ulong, c_void, socklen_t};
 use std::sync::atomic::{AtomicPtr, Ordering};
-use vsocket_frontend::program::socket;
+use vsocket_frontend::program::{client, socket};
 
 /// The next function of a name, found once.
 pub struct Next(AtomicPtr<libc::c_void>, &'static std::ffi::CStr);
@@ -32,6 +32,7 @@ static FCNTL64: Next = Next::new(c"fcntl64");
 static SETSOCKOPT: Next = Next::new(c"setsockopt");
 static GETSOCKOPT: Next = Next::new(c"getsockopt");
 static IOCTL: Next = Next::new(c"ioctl");
+static PRCTL: Next = Next::new(c"prctl");
 
 type Fcntl = unsafe extern "C" fn(c_int, c_int, ...) -> c_int;
 type Ioctl = unsafe extern "C" fn(c_int, c_ulong, ...) -> c_int;
@@ -83,6 +84,21 @@ pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: usize) -> 
         socket::set_nonblocking(fd, unsafe { *(argument as *const c_int) } != 0);
     }
     got
+}
+
+type Prctl = unsafe extern "C" fn(c_int, ...) -> c_int;
+
+/// `prctl(2)`: a sandbox of system calls.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn prctl(option: c_int, b: c_ulong, c: c_ulong, d: c_ulong, e: c_ulong) -> c_int {
+    if option == libc::PR_SET_SECCOMP {
+        client::confine();
+    }
+    // SAFETY: the symbol is prctl, of this type; the application's arguments, handed on.
+    unsafe {
+        let real: Prctl = std::mem::transmute(PRCTL.get());
+        real(option, b, c, d, e)
+    }
 }
 
 type Setsockopt = unsafe extern "C" fn(c_int, c_int, c_int, *const c_void, socklen_t) -> c_int;
