@@ -17,6 +17,7 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
+use rustix::time::{ClockId, clock_gettime};
 use vsocket_channel::reason::Reason;
 
 use crate::config::Config;
@@ -295,7 +296,7 @@ impl Daemon {
             let polls = !self.is_idle() && rhythm.spins(now, machines);
             let naps = polls && machines && !worked && self.more.is_empty();
             if naps {
-                self.nap();
+                self.nap(&mut rhythm);
             } else if polls && !rhythm.asks(now) && self.more.is_empty() {
                 if !worked || only {
                     rustix::thread::sched_yield();
@@ -336,8 +337,10 @@ impl Daemon {
     }
 
     /// Sleeps for a moment, which the kernel ends early if it has something to say.
-    fn nap(&self) {
-        let limit = Timespec { tv_sec: 0, tv_nsec: i64::from(rhythm::NAP.subsec_nanos()) };
+    fn nap(&self, rhythm: &mut rhythm::Rhythm) {
+        let spent = clock_gettime(ClockId::ThreadCPUTime);
+        let length = rhythm.nap(Duration::new(spent.tv_sec as u64, spent.tv_nsec as u32));
+        let limit = Timespec { tv_sec: 0, tv_nsec: i64::from(length.subsec_nanos()) };
         let _ = rustix::event::poll(&mut [PollFd::new(self.poll.registry(), PollFlags::IN)], Some(&limit));
     }
 
