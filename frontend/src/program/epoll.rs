@@ -404,20 +404,24 @@ impl EpollSet {
                     Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) }
                 });
                 let slept = real(out, left);
-                wait::woke(&self.spin, began);
                 client::check_mail();
                 let mut inner = self.looking()?;
                 inner.sleepers -= 1;
                 n = self.sift(&mut inner, out, slept?);
+                let mut came = 0;
                 if n > 0 && inner.registrations() != known {
                     // What the kernel has reported as the application's may have become ours since: not twice. Ours come
                     // first at the next look.
                     self.crowded.store(true, Ordering::Relaxed);
                 } else {
                     let room = out.len();
-                    n += self.harvest(&mut inner, &mut out[n..room], true);
+                    came = self.harvest(&mut inner, &mut out[n..room], true);
                 }
                 drop(inner);
+                if came > 0 {
+                    wait::woke(&self.spin, began);
+                }
+                n += came;
                 self.hear_control();
                 if n == 0 && deadline.is_some_and(|d| d <= Instant::now()) {
                     return Ok(0);

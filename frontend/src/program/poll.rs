@@ -110,12 +110,12 @@ pub fn wait_one(fd: i32, slot: &'static Slot, want: Want, deadline: Option<Insta
     let set = asleep.as_fd();
     let mut fds = [PollFd::from_borrowed_fd(anchor, events), PollFd::from_borrowed_fd(set, PollFlags::IN)];
     let polled = rustix::event::poll(&mut fds, remaining(deadline).as_ref());
-    if let Some(conn) = &conn {
-        wait::woke(&conn.spin, began);
-    }
     let said = fds[0].revents();
     if !fds[1].revents().is_empty() {
         asleep.settle();
+        if let Some(conn) = conn.as_ref().filter(|c| is_ready(c, want) == Some(true)) {
+            wait::woke(&conn.spin, began);
+        }
     }
     client::check_mail();
     if let (true, Some(conn)) = (on_ring && said.intersects(PollFlags::ERR | PollFlags::HUP), &conn) {
@@ -377,7 +377,7 @@ fn serve(
                 wait::awake(bound, asleep.bell);
             }
         }
-        if let Some((_, conn)) = ringed {
+        if let Some((_, conn)) = ringed.filter(|_| ring_now(fds)) {
             wait::woke(&conn.spin, began);
         }
         asleep.settle();
