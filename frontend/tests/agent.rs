@@ -468,6 +468,41 @@ fn bad_messages_cost_their_sender_only() {
 }
 
 #[test]
+fn an_answer_that_comes_too_late_costs_nobody_the_session() {
+    let guest = Guest::new();
+    let backend = Backend::serve(&guest, 1);
+    let parent = Program::attach(&guest.socket(), 0);
+    let (a, _b) = tcp_pair();
+    let record = parent.tracked(&a, 0, 0);
+    let conn = backend.opened().0;
+    let child = Program::attach(&guest.socket(), parent.id);
+    let slab = HostSlab::new(1);
+    let ask = |generation| {
+        let segment = slab.segment(Side::Zero, Lane::Direct);
+        backend.carrier.send(&Message::Prepare { conn, generation, segment }, &slab.fds()).unwrap();
+    };
+    let prepare = |generation| {
+        let bound = slab.bind(generation, Side::Zero, Lane::Direct);
+        let (record, anchor) = (parent.record(record), a.as_fd());
+        Endpoint { record, anchor, bound: Some(&bound), watchdog: None }.prepare(generation)
+    };
+    ask(1);
+    assert!(matches!(parent.message(), Message::Prepare { generation: 1, .. }));
+    prepare(1).unwrap();
+    // Who was asked has the connection no longer, and his preparation is given up.
+    parent.say(Message::Closed { record });
+    assert_eq!(backend.message(), Message::Refused { conn, generation: 1, reason: Reason::Busy });
+    child.carrier.send(&Message::Prepared { conn: record.into(), generation: 1 }, &[a.as_fd()]).unwrap();
+    wait_for("the late answer", || guest.ask("stat")["drops"]["stale-prepared"] == 1);
+    // The session goes on, and the next generation can be prepared.
+    ask(2);
+    assert!(matches!(child.message(), Message::Prepare { generation: 2, .. }));
+    prepare(2).unwrap();
+    child.carrier.send(&Message::Prepared { conn: record.into(), generation: 2 }, &[a.as_fd()]).unwrap();
+    assert_eq!(backend.message(), Message::Prepared { conn, generation: 2 });
+}
+
+#[test]
 fn a_prepare_for_nobody_is_refused() {
     let guest = Guest::new();
     let backend = Backend::serve(&guest, 1);

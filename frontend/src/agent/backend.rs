@@ -312,20 +312,23 @@ impl Agent {
         if let Some(endpoint) = self.registry.endpoint(id) {
             endpoint.responds_within(RETRY);
         }
-        if let Some(record) = self.registry.record(conn) {
-            // It may have opened the generation; nobody was told, so no stay can be in it.
-            if let Ok(mut rx) = record.rx.lock_within(RETRY) {
-                if rx.generation == generation {
-                    rx.close();
-                    record.set_status(crate::record::status::RX_STATE, 0);
-                }
-            }
-        }
+        self.close_unanswered(id, generation);
         let now = self.now;
         if let Some(conn) = self.registry.conns.get_mut(&id) {
             conn.asked = None;
             if let Some(act) = conn.course.handle_refused(generation, Reason::Busy, now) {
                 self.act(id, act);
+            }
+        }
+    }
+
+    /// A program may have opened a generation of which nobody was told, so no stay can be in it.
+    pub(super) fn close_unanswered(&self, id: u64, generation: u32) {
+        let Some(record) = self.registry.conns.get(&id).and_then(|c| self.registry.record(c)) else { return };
+        if let Ok(mut rx) = record.rx.lock_within(RETRY) {
+            if rx.generation == generation {
+                rx.close();
+                record.set_status(crate::record::status::RX_STATE, 0);
             }
         }
     }

@@ -259,7 +259,12 @@ impl Agent {
     fn handle_prepared(&mut self, id: u64, generation: u32, fds: Vec<OwnedFd>) -> Result<(), Unexpected> {
         let Some(conn) = self.registry.conns.get_mut(&id) else { return Ok(()) };
         if !matches!(conn.course.stage(), Stage::Preparing { generation: asked, .. } if asked == generation) {
-            return Err(Unexpected("unexpected-prepared"));
+            // Its preparation was given up while the answer was under way.
+            self.registry.totals.drop("stale-prepared");
+            if conn.course.generation() != Some(generation) {
+                self.close_unanswered(id, generation);
+            }
+            return Ok(());
         }
         if let Some(anchor) = fds.into_iter().next() {
             if socket_cookie(&anchor) != Ok(conn.cookie) {

@@ -45,11 +45,12 @@ fn is_readable(conn: &ConnRef) -> Option<bool> {
     let least = conn.least.load(Ordering::Relaxed) as usize;
     if !readable
         || least <= 1
-        || !endpoint.record.is(status::RX_RING)
+        || endpoint.record.is(status::RX_EOF | status::RX_SHUT | status::BROKEN)
         || has_ended(conn.anchor(), Duration::ZERO)
     {
         return Some(readable);
     }
+    // On both carriers together: while the lane changes, some may still be on the one before.
     Some(endpoint.unread().is_none_or(|there| there >= least))
 }
 
@@ -235,6 +236,12 @@ pub fn events_now(conn: &ConnRef, interest: PollFlags) -> (PollFlags, bool) {
                 conn.endpoint().broken();
             }
             said -= PollFlags::IN | PollFlags::RDNORM;
+        } else if said.contains(PollFlags::IN) {
+            // That may have been the frame by which the stay has ended, which is taken: what is there now?
+            said -= PollFlags::IN | PollFlags::RDNORM;
+            if rustix::event::poll(&mut one, Some(&zero)).unwrap_or(0) > 0 {
+                said |= one[0].revents();
+            }
         }
     }
     (events | (said & (interest | PollFlags::ERR | PollFlags::HUP)), pending)
