@@ -328,6 +328,13 @@ impl Pairing {
         self.leave(stay, at, reason);
     }
 
+    /// An end is about to leave a generation, and the other is to leave it too.
+    pub fn handle_leaving(&mut self, id: EndId, generation: u32, reason: Reason) {
+        if let Some((stay, _)) = self.parties.get(&(id, generation)).copied() {
+            self.silence(stay, id, GuestPhase::Withdrawn, reason);
+        }
+    }
+
     /// An end uses a generation no longer.
     pub fn handle_left(&mut self, id: EndId, generation: u32) {
         if let Some((stay, at)) = self.parties.get(&(id, generation)).copied() {

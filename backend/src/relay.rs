@@ -157,6 +157,8 @@ impl Relay {
         if done == 0 {
             return Ok(false);
         }
+        let taken = target.indices.tail.tail.load(Ordering::Relaxed);
+        source.indices.reader.taken.store(taken, Ordering::Release);
         let wanted = wants_room(source, left);
         self.ways[from].at = at;
         self.ring_due[1 - from] = true;

@@ -70,6 +70,7 @@ impl Direction {
     pub fn publish_stay(&self, stay: Stay) -> bool {
         self.tail.tail.store(stay.start, Ordering::Relaxed);
         self.head.head.store(stay.start, Ordering::Relaxed);
+        self.reader.taken.store(stay.start, Ordering::Relaxed);
         self.stay.start.store(stay.start, Ordering::Relaxed);
         self.stay.escape.store(u32::from(stay.escape), Ordering::Relaxed);
         // Release: what was stored above is visible to who sees the generation. Pairs with the Acquire in `stay`.

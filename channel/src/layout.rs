@@ -5,7 +5,7 @@ use crate::sync::{AtomicU32, AtomicU64};
 /// First word of a slab: "vsk-slab" in little-endian bytes.
 pub const SLAB_MAGIC: u64 = u64::from_le_bytes(*b"vsk-slab");
 /// Version of this layout.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 /// Bytes of a slab's header.
 pub const SLAB_HEADER_LEN: usize = 4096;
 /// Bytes of a segment's header.
@@ -95,6 +95,9 @@ pub struct Reader {
     pub sealed: AtomicU32,
     /// 1 after the reading application has gone: what is sent now reaches nobody.
     pub closed: AtomicU32,
+    /// Stream offset below which the far end's application is known to have taken everything (`fabric`; on a direct lane
+    /// the tail says it). Not before the stay's start, and it may lag behind.
+    pub taken: AtomicU64,
 }
 
 /// One direction of one generation of a connection.

@@ -180,7 +180,8 @@ messages! {
         /// The generation.
         generation: u32,
     }
-    /// Backend → agent: leave this generation. With `conn` 0: leave every lane.
+    /// Backend → agent: leave this generation. With `conn` 0: leave every lane. Agent → backend: this end is about to
+    /// leave it, and the other is to leave it too, for this reason.
     Withdraw = 9 {
         /// Which connection, or 0.
         conn: u64,
@@ -262,6 +263,13 @@ messages! {
     Shut = 26 {
         /// Which record.
         record: u32,
+    }
+    /// Whoever is about to execute a program → agent: it will inherit this connection, whose descriptor is beside it.
+    /// Answered by `Declined` (with `handle` as the connection) when it is on TCP, where it stays, or could not be brought
+    /// there. No `Attach` is needed before.
+    Parted = 27 {
+        /// The sender's number for it, returned in the answer.
+        handle: u64,
     }
     /// Tool → daemon: what a person asks; answered by `Reply`.
     Query = 30 {

@@ -79,6 +79,8 @@ reasons! {
     NoRingMemory = 26, "no-ring-memory";
     /// The guest, a virtual machine, stands still, and its memory is not touched.
     GuestPaused = 27, "guest-paused";
+    /// A program that was executed inherits it, and knows of no lane.
+    Inherited = 28, "inherited";
 }
 
 #[cfg(all(test, not(loom)))]

@@ -386,7 +386,7 @@ mod loom_tests {
                 aborted: w(),
             },
             tail: Tail { tail: AtomicU64::new(0) },
-            reader: Reader { confirmed: w(), sealed: w(), closed: w() },
+            reader: Reader { confirmed: w(), sealed: w(), closed: w(), taken: AtomicU64::new(0) },
         }
     }
 

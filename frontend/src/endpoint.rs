@@ -18,7 +18,10 @@ use vsocket_channel::lane::REWIND_LEN;
 use vsocket_channel::reason::Reason;
 
 mod receiving;
+mod returning;
 mod sending;
+
+pub use returning::Return;
 
 /// Result of a call on an endpoint.
 pub type Result<T> = std::result::Result<T, Errno>;

@@ -191,6 +191,8 @@ pub struct Record {
     pub ready: AtomicU32,
     /// Generations up to this one must be left.
     pub leave: AtomicU32,
+    /// Generations up to this one are left so that what the far application has not taken comes over the anchor.
+    pub untaken: AtomicU32,
     /// The lane of the open generation, as `Lane::code`.
     pub lane: AtomicU32,
     /// `RxState::off`, for a look without the lock.
@@ -228,7 +230,8 @@ impl Record {
     pub fn init(&self, tx: u64, rx: u64, connector: bool) {
         self.tx.init(TxState::new(tx));
         self.rx.init(RxState::new(rx));
-        for word in [&self.status, &self.ready, &self.leave, &self.lane, &self.violation] {
+        let words = [&self.status, &self.ready, &self.leave, &self.untaken, &self.lane, &self.violation];
+        for word in words {
             word.store(0, Ordering::Relaxed);
         }
         for word in self.direct.iter().chain(&self.fabric) {

@@ -502,6 +502,53 @@ fn an_answer_that_comes_too_late_costs_nobody_the_session() {
     assert_eq!(backend.message(), Message::Prepared { conn, generation: 2 });
 }
 
+/// A program is about to be executed that inherits the connection: without its records and rings it finds the rest of the
+/// stream in the kernel's socket, and what it does with it is not the agent's.
+#[test]
+fn an_inherited_connection_comes_back_with_what_was_not_received() {
+    for (lane, received) in [(Lane::Direct, 100), (Lane::Direct, 0), (Lane::Fabric, 100), (Lane::Fabric, 0)] {
+        let guest = Guest::new();
+        let backend = Backend::serve(&guest, 1);
+        let program = Program::attach(&guest.socket(), 0);
+        let mut stay = Stay::begin(&program, &backend, lane);
+        send(stay.far(), &pattern(300));
+        assert_eq!(receive(stay.near(&program), received).unwrap(), pattern(300)[..received]);
+        send(stay.near(&program), &pattern(50));
+        let stranger = Carrier::connect(&guest.socket()).unwrap();
+        stranger.send(&Message::Parted { handle: 9 }, &[stay.a.as_fd()]).unwrap();
+        let (conn, reason) = (stay.conn, Reason::Inherited);
+        assert_eq!(backend.message(), Message::Withdraw { conn, generation: 1, reason });
+        nothing(&stranger, Duration::from_millis(50));
+        // As the far agent does when it hears of it. On a fabric lane the backend has told it what was taken, and that the
+        // stay is confirmed.
+        let reader = &stay.far.header().directions[1].reader;
+        reader.taken.store(received as u64, Ordering::Release);
+        reader.confirmed.store(1, Ordering::Release);
+        stay.far().record.untaken.store(1, Ordering::Release);
+        assert_eq!(stay.far().leave(1), Ok(true));
+        assert_eq!(message(&stranger), Message::Declined { conn: 9, reason });
+        let left = |m| m == Message::Left { conn, generation: 1 };
+        assert!(left(backend.message()), "{lane:?}");
+        // From here on as a program without the library.
+        let mut rest = vec![0; 300 - received];
+        stay.a.read_exact(&mut rest).unwrap();
+        assert_eq!(rest, pattern(300)[received..]);
+        send(stay.far(), b"after");
+        stay.a.read_exact(&mut rest[..5]).unwrap();
+        assert_eq!(&rest[..5], b"after");
+        stay.a.write_all(b"and back").unwrap();
+        assert_eq!(receive(stay.far(), 58).unwrap(), [&pattern(50)[..], b"and back"].concat());
+        program.say(Message::Closed { record: stay.record });
+        assert_eq!(backend.message(), Message::Close { conn });
+        stay.a.write_all(b"still").unwrap();
+        assert_eq!(receive(stay.far(), 5).unwrap(), b"still");
+        // It is never tracked again.
+        let declined = program.track(&stay.a, 0, 0, true);
+        assert!(matches!(declined, Message::Nudge { .. } | Message::Declined { .. }), "{declined:?}");
+        assert_eq!(guest.ask("stat")["declined"]["inherited"].as_u64().map(|n| n > 0), Some(true));
+    }
+}
+
 #[test]
 fn a_prepare_for_nobody_is_refused() {
     let guest = Guest::new();

@@ -82,6 +82,9 @@ impl Daemon {
             Message::Refused { conn, generation, reason } => {
                 self.pairing.handle_refused(end(conn), generation, reason, std::time::Instant::now());
             }
+            Message::Withdraw { conn, generation, reason } => {
+                self.pairing.handle_leaving(end(conn), generation, reason);
+            }
             Message::Left { conn, generation } => self.pairing.handle_left(end(conn), generation),
             Message::Close { conn } => self.pairing.handle_close(end(conn)),
             Message::Ping { n } => {

@@ -85,6 +85,9 @@ impl Flow {
         if limit.wrapping_sub(self.tx.limit) as i64 > 0 {
             self.tx.limit = limit;
         }
+        // All that may be sent beyond one ring's length, the far application has made room for.
+        let taken = self.tx.limit.wrapping_sub(self.far_len.unwrap_or(0));
+        self.direction(0).reader.taken.store(taken, Ordering::Release);
         if !std::mem::replace(&mut self.tx.confirmed, true) {
             self.direction(0).reader.confirmed.store(stay.generation, Ordering::Release);
         }

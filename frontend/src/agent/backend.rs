@@ -245,6 +245,14 @@ impl Agent {
 
     pub(super) fn withdraw(&mut self, conn: u64, generation: Option<u32>, reason: Reason) {
         let now = self.now;
+        if let (Reason::Inherited, Some(generation), Some(of)) =
+            (reason, generation, self.registry.conns.get(&conn))
+        {
+            // The far end is to find on the anchor what its application has not taken.
+            if let Some(record) = self.registry.record(of) {
+                record.untaken.fetch_max(generation, Ordering::AcqRel);
+            }
+        }
         let of = self.registry.conns.get_mut(&conn);
         if let Some(act) = of.and_then(|c| c.course.handle_withdraw(generation, reason, now)) {
             self.act(conn, act);

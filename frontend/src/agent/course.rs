@@ -11,6 +11,8 @@
 //! | prepared | backend commits | committed | `Ready` |
 //! | prepared, committed | backend withdraws or goes away | leaving | `Leave` |
 //! | prepared, committed, leaving | neither direction uses the generation | idle, due later | `TellLeft` |
+//! | preparing | an executed program inherits it | idle, for good | `TellRefused` |
+//! | prepared, committed | an executed program inherits it | leaving, for good | `Part` |
 //!
 //! A direct lane goes on without its backend: then its generation belongs to a **session** that is over, and nobody is
 //! told that it was left.
@@ -92,6 +94,8 @@ pub enum Act {
     Leave(u32),
     /// Tell the backend `Left`.
     TellLeft(u32),
+    /// Tell the backend that this generation is to be left by both ends, because the connection is inherited.
+    Part(u32),
 }
 
 /// The course of one connection.
@@ -306,6 +310,24 @@ impl Course {
         (self.session == session && session != 0).then_some(Act::TellLeft(generation))
     }
 
+    /// A program that knows of no lane inherits it: it is never opened again.
+    pub fn part(&mut self, now: Instant) -> Option<Act> {
+        self.spent = true;
+        self.reason = Some(Reason::Inherited);
+        match self.stage {
+            Stage::Idle | Stage::Opened | Stage::Leaving { .. } => None,
+            Stage::Preparing { generation, .. } => {
+                self.stage = Stage::Idle;
+                Some(Act::TellRefused(generation, Reason::Inherited))
+            }
+            Stage::Prepared { generation } | Stage::Committed { generation, .. } => {
+                self.forget_failures(now);
+                self.stage = Stage::Leaving { generation };
+                Some(Act::Part(generation))
+            }
+        }
+    }
+
     /// It ends: nothing is opened any more. What the backend of `session` is still to be told of its generation.
     pub fn end(&mut self, session: u64) -> Option<Act> {
         let stage = std::mem::replace(&mut self.stage, Stage::Idle);
@@ -499,6 +521,22 @@ mod tests {
         assert!(course.due().is_some());
         assert_eq!(course.end(1), None);
         assert_eq!(course.due(), None);
+    }
+
+    #[test]
+    fn what_is_inherited_leaves_its_lane_for_good() {
+        let now = Instant::now();
+        let mut course = committed(now, Lane::Direct);
+        assert_eq!(course.part(now), Some(Act::Part(3)));
+        assert_eq!(course.part(now), None, "once");
+        assert_eq!(course.handle_left(1, now), Some(Act::TellLeft(3)));
+        assert_eq!((course.due(), course.reason()), (None, Some(Reason::Inherited)));
+        let mut course = Course::new(now);
+        course.open(1, now);
+        course.handle_prepare(1, Lane::Direct, 1).unwrap();
+        assert_eq!(course.part(now), Some(Act::TellRefused(1, Reason::Inherited)));
+        assert_eq!(course.handle_prepared(1), None);
+        assert_eq!(course.handle_prepare(2, Lane::Direct, 1), Err(Reason::Inherited));
     }
 
     #[test]

@@ -102,8 +102,18 @@ fn begin(endpoint: &Endpoint<'_>, now: Instant) -> Step {
 impl Agent {
     /// The program has the connection no longer: what is left is ours.
     pub(super) fn begin_ending(&mut self, id: u64) {
+        if self.registry.conns.get(&id).is_some_and(|c| c.parting.is_some()) {
+            self.end_parting(id, true);
+        }
+        if self.registry.conns.get(&id).is_some_and(|c| c.parted) {
+            self.unwatch(id);
+        }
         let Some(conn) = self.registry.conns.get_mut(&id).filter(|c| c.ending.is_none()) else { return };
         trace!(conn = id, "ends");
+        if conn.parted {
+            // Another program has it, of which we know nothing: the kernel ends it when that does.
+            conn.anchor = None;
+        }
         conn.ending = Some(Ending::Begin);
         if conn.anchor.is_none() {
             // The kernel ends it by itself: nobody holds a duplicate.

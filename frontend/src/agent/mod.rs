@@ -11,6 +11,7 @@
 //! | `machine` | in a virtual machine: what the keeper says, and the slabs that it makes |
 //! | `bells` | in a virtual machine: programs' doorbells, streams to the host |
 //! | `ending` | connections whose program has closed them, or died |
+//! | `parting` | connections that an executed program inherits |
 //! | `report` | what a person asks |
 
 mod backend;
@@ -19,6 +20,7 @@ mod course;
 mod ending;
 mod liveness;
 mod machine;
+mod parting;
 mod program;
 mod registry;
 pub mod report;

@@ -92,6 +92,11 @@ impl Agent {
                 self.handle_query(from, what);
                 Ok(())
             }
+            (Message::Parted { handle }, _) => {
+                let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| Unexpected("parted-descriptors"))?;
+                self.handle_parted(from, handle, &fd);
+                Ok(())
+            }
             (Message::Attach { inherit, .. }, None) => self.attach(from, inherit),
             (Message::Track { handle, tx, rx, connector }, Some(program)) => {
                 let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| Unexpected("track-descriptors"))?;
@@ -246,6 +251,9 @@ impl Agent {
             return Err(Reason::Untrackable);
         }
         let cookie = socket_cookie(fd).map_err(|_| Reason::NotEstablished)?;
+        if self.registry.inherited.contains(cookie) {
+            return Err(Reason::Inherited);
+        }
         if self.registry.cookies.contains_key(&cookie) { Err(Reason::TupleTaken) } else { Ok(cookie) }
     }
 
@@ -361,6 +369,10 @@ impl Agent {
                 self.tell_backend(Message::Refused { conn: id, generation, reason });
             }
             Act::TellLeft(generation) => self.tell_backend(Message::Left { conn: id, generation }),
+            Act::Part(generation) => {
+                let reason = Reason::Inherited;
+                self.tell_backend(Message::Withdraw { conn: id, generation, reason });
+            }
             Act::Ready(generation) => {
                 if let Some(record) = self.registry.record(conn) {
                     record.ready.store(generation, Ordering::Release);
@@ -397,6 +409,9 @@ impl Agent {
         if conn.ending.is_some() {
             return self.go_on_ending(id);
         }
+        if conn.parting.is_some() {
+            return self.go_on_parting(id);
+        }
         if !self.responds(id) {
             return;
         }
@@ -420,7 +435,7 @@ impl Agent {
     }
 
     /// If neither direction uses the generation any more, it is left for good.
-    fn settle_left(&mut self, id: u64) {
+    pub(super) fn settle_left(&mut self, id: u64) {
         let Some(conn) = self.registry.conns.get(&id) else { return };
         let Some(generation) = conn.course.prepared_generation() else { return };
         let Some(endpoint) = self.registry.endpoint(id).filter(Endpoint::has_left) else { return };
@@ -438,6 +453,7 @@ impl Agent {
             Some(act) => self.act(id, act),
             None => self.follow(id),
         }
+        self.let_go(id);
     }
 }
 
@@ -464,6 +480,8 @@ impl Conn {
             draining: false,
             watched: false,
             ending: None,
+            parting: None,
+            parted: false,
             first_lane: None,
             counted: 0,
         }

@@ -3,6 +3,7 @@
 
 use super::course::{Course, Stage};
 use super::ending::Ending;
+use super::parting::{Inherited, Parting};
 use crate::endpoint::Endpoint;
 use crate::lane::Violation;
 use crate::memory::{Bound, Records, Ringers, Slab};
@@ -160,6 +161,10 @@ pub struct Conn {
     pub watched: bool,
     /// The program has it no longer.
     pub ending: Option<Ending>,
+    /// It is being brought to TCP for good.
+    pub parting: Option<Parting>,
+    /// It was: nothing of its end is ours.
+    pub parted: bool,
     /// The first lane that it was on.
     pub first_lane: Option<Lane>,
     /// Reasons that were counted, a bit each.
@@ -234,6 +239,8 @@ pub struct Registry {
     pub conns: HashMap<u64, Conn>,
     /// Sockets that are tracked, by their cookie.
     pub cookies: HashMap<u64, u64>,
+    /// Sockets that executed programs have inherited.
+    pub inherited: Inherited,
     /// Totals since start.
     pub totals: Totals,
     last: u64,

@@ -179,7 +179,11 @@ impl Endpoint<'_> {
             ),
             _ => (false, tx.off),
         };
-        tx.seal(confirmed, acknowledged).map_err(|v| self.violated(v))?;
+        match self.untaken(tx, bound) {
+            Some(taken) => tx.seal_untaken(taken),
+            None => tx.seal(confirmed, acknowledged),
+        }
+        .map_err(|v| self.violated(v))?;
         tx.commit();
         direction.stay.sealed.store(1, Ordering::Release);
         bound.ring_far();

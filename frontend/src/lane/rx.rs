@@ -201,6 +201,20 @@ impl RxState {
         Ok(0)
     }
 
+    /// Whether a byte at S would be the beginning of a frame.
+    pub fn is_escape(&self, byte: u8) -> bool {
+        self.escape == u32::from(byte)
+    }
+
+    /// What an ended stay left in the ring is given up: it comes once more over the anchor. False if it does not.
+    pub fn give_up_residue(&mut self) -> bool {
+        let comes = self.raw <= self.off;
+        if comes {
+            self.kept = self.off;
+        }
+        comes
+    }
+
     /// Closes the open generation, after `Direction::close_unopened` said that no stay is published in it, or because it
     /// has ended.
     pub fn close(&mut self) {
@@ -225,6 +239,19 @@ mod tests {
         assert_eq!(rx.source(), Source::Ring { generation: 5 });
         rx.took_ring(4);
         rx
+    }
+
+    #[test]
+    fn a_residue_is_given_up_only_if_it_comes_again() {
+        for (resume, comes) in [(24, true), (25, false)] {
+            let mut rx = at_start();
+            let frame = Rewind { generation: 5, resume, last: false }.encode(b'e');
+            assert_eq!(rx.judge(&frame, 26), Ok(Verdict::Rewound { last: false }));
+            assert_eq!(rx.source(), Source::Residue { to: 26 });
+            assert_eq!(rx.give_up_residue(), comes, "{resume}");
+            let raw = Source::Raw { drop: 0, limit: u64::MAX, guarded: false };
+            assert_eq!(rx.source(), if comes { raw } else { Source::Residue { to: 26 } });
+        }
     }
 
     #[test]

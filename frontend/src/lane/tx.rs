@@ -160,6 +160,21 @@ impl TxState {
         Ok(())
     }
 
+    /// Ends the stay so that the receiver finds on the anchor all that its application has not taken: everything from `taken`
+    /// on, which must still be in the ring's memory. If that is the whole stay, it is cancelled, so that no frame stands
+    /// behind raw bytes that the application has not taken either.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation::Acknowledged`] if the offset cannot be.
+    pub fn seal_untaken(&mut self, taken: u64) -> Result<(), Violation> {
+        if !(self.start..=self.off).contains(&taken) {
+            return Err(Violation::Acknowledged);
+        }
+        self.confirmed = u32::from(taken > self.start);
+        self.seal(false, taken)
+    }
+
     /// What must be written to the anchor next.
     pub fn due(&self) -> Due {
         if self.phase != DRAINING {
@@ -270,6 +285,21 @@ mod tests {
         let mut tx = on_ring(10);
         tx.seal(false, 777).unwrap();
         assert_eq!(tx.due(), Due::Raw { from: 100, to: 110 });
+    }
+
+    #[test]
+    fn what_was_not_taken_goes_over_the_anchor_again() {
+        let mut tx = on_ring(10);
+        tx.confirm();
+        tx.seal_untaken(103).unwrap();
+        assert!(matches!(tx.due(), Due::Frame { done: 0, .. }));
+        tx.drained(REWIND_LEN as u64);
+        assert_eq!(tx.due(), Due::Raw { from: 103, to: 110 });
+        let mut tx = on_ring(10);
+        tx.confirm();
+        tx.seal_untaken(100).unwrap();
+        assert_eq!(tx.due(), Due::Raw { from: 100, to: 110 }, "without a frame");
+        assert_eq!(on_ring(10).seal_untaken(111), Err(Violation::Acknowledged));
     }
 
     #[test]

@@ -11,6 +11,7 @@ pub mod client;
 pub mod conn;
 pub mod descriptors;
 pub mod epoll;
+pub mod exec;
 pub mod fork;
 pub mod kin;
 pub mod pipes;

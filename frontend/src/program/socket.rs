@@ -462,6 +462,10 @@ fn finish_alone(conn: &ConnRef) {
 
 /// A descriptor was duplicated: the new number names the same connection.
 pub fn duplicated(old: i32, new: i32) {
+    if super::fork::is_foreign() {
+        // The table is the parent's, the descriptors are not.
+        return;
+    }
     let (Some(from), Some(to)) = (table::followed(old), table::slot(new)) else { return };
     match from.conn() {
         Some(conn) => {

@@ -1,7 +1,7 @@
 //! The descriptor table: what is known of each descriptor number.
 
 use super::conn::{Conn, ConnRef};
-use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 /// Descriptors from here on are not followed.
 pub const MAX_FDS: usize = 65536;
@@ -49,6 +49,14 @@ pub struct Slot {
 }
 
 static SLOTS: [Slot; MAX_FDS] = [const { Slot::new() }; MAX_FDS];
+
+/// Some descriptor has been followed.
+static FOLLOWED: AtomicBool = AtomicBool::new(false);
+
+/// Whether any descriptor has ever been followed.
+pub fn has_followed() -> bool {
+    FOLLOWED.load(Ordering::Relaxed)
+}
 
 /// The slot of a descriptor number, if it is in the table's range.
 pub fn slot(fd: i32) -> Option<&'static Slot> {
@@ -100,6 +108,7 @@ impl Slot {
         self.connector.store(u8::from(connector), Ordering::Relaxed);
         self.epoch.fetch_add(1, Ordering::Relaxed);
         self.seen();
+        FOLLOWED.store(true, Ordering::Relaxed);
         self.phase.store(COUNTED, Ordering::Release);
     }
 

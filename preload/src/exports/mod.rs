@@ -1,6 +1,7 @@
 //! The hooked symbols, by family.
 
 mod control;
+mod exec;
 mod lifetime;
 mod number;
 mod readiness;

@@ -1,7 +1,7 @@
 //! `syscall(2)`: the numbers of the calls that have hooks are served as those; libuv and others make them so.
 
 use super::control::{self, Next};
-use super::{lifetime as life, readiness as ready, transfer as data};
+use super::{exec as run, lifetime as life, readiness as ready, transfer as data};
 use libc::{c_int, c_long, c_uint, sigset_t};
 use vsocket_frontend::program::client;
 
@@ -71,6 +71,8 @@ unsafe fn served(number: c_long, [a, b, c, d, e, f]: [usize; 6]) -> Option<c_lon
             libc::SYS_epoll_ctl => ready::vs_epoll_ctl(fd, b as c_int, c as c_int, d as _).into(),
             libc::SYS_epoll_pwait => ready::vs_epoll_pwait(fd, b as _, c as c_int, d as c_int, e as _).into(),
             libc::SYS_epoll_pwait2 => ready::vs_epoll_pwait2(fd, b as _, c as c_int, d as _, e as _).into(),
+            libc::SYS_execve => run::vs_execve(a as _, b as _, c as _).into(),
+            libc::SYS_execveat => run::vs_execveat(fd, b as _, c as _, d as _, e as c_int).into(),
             libc::SYS_ppoll => ready::vs_ppoll(a as _, b as _, c as _, d as _).into(),
             libc::SYS_pselect6 => {
                 let mask = (f as *const Masked).as_ref().map_or(std::ptr::null(), |m| m.mask);

@@ -48,8 +48,8 @@ pub fn child(words: &[String]) {
     std::process::exit(if got.0 == n as isize { 0 } else { 1 + got.1 });
 }
 
-/// Executes this program as a child with the connection as its descriptor 0.
-fn executed(p: &Pair, what: &str, n: usize) -> c_int {
+/// Executes this program as a child with the connection as its descriptor 0, by `posix_spawn`.
+fn spawned(p: &Pair, what: &str, n: usize) -> c_int {
     let twin = sys::fcntl(p.near, libc::F_DUPFD_CLOEXEC, 500).0 as c_int;
     // SAFETY: the descriptor is this function's.
     let stdin = unsafe { <std::process::Stdio as std::os::fd::FromRawFd>::from_raw_fd(twin) };
@@ -59,6 +59,80 @@ fn executed(p: &Pair, what: &str, n: usize) -> c_int {
         Ok(child) => ended(child.id() as c_int),
         Err(error) => -error.raw_os_error().unwrap_or(1),
     }
+}
+
+type Executes = unsafe extern "C" fn(*const libc::c_char, *const *const libc::c_char) -> c_int;
+
+/// Executes this program in this process; returns only if that fails.
+fn executes(call: Executes, what: &str, n: usize) -> c_int {
+    let text = |s: &str| std::ffi::CString::new(s).expect("no zero in it");
+    let exe = text(&std::env::current_exe().expect("a program knows where it is").display().to_string());
+    let words = [text("posix"), text("child"), text(what), text(&n.to_string())];
+    let list: Vec<_> = words.iter().map(|w| w.as_ptr()).chain([std::ptr::null()]).collect();
+    // SAFETY: strings and a list that outlive the call.
+    unsafe { call(exe.as_ptr(), list.as_ptr()) }
+}
+
+fn forked_executes(p: &Pair, call: Executes, what: &str, n: usize) -> c_int {
+    let fd = p.near;
+    forked(|| {
+        // SAFETY: numbers.
+        unsafe { libc::dup2(fd, 0) };
+        executes(call, what, n)
+    })
+}
+
+fn by_execv(p: &Pair, what: &str, n: usize) -> c_int {
+    forked_executes(p, libc::execv, what, n)
+}
+
+fn by_execl(p: &Pair, what: &str, n: usize) -> c_int {
+    unsafe extern "C" fn call(path: *const libc::c_char, list: *const *const libc::c_char) -> c_int {
+        // SAFETY: the list has four strings, and what follows the first is passed one by one.
+        unsafe {
+            let word = |n| *list.add(n);
+            libc::execl(path, word(0), word(1), word(2), word(3), std::ptr::null::<libc::c_char>())
+        }
+    }
+    forked_executes(p, call, what, n)
+}
+
+fn by_vfork(p: &Pair, what: &str, n: usize) -> c_int {
+    let text = |s: &str| std::ffi::CString::new(s).expect("no zero in it");
+    let exe = text(&std::env::current_exe().expect("a program knows where it is").display().to_string());
+    let words = [text("posix"), text("child"), text(what), text(&n.to_string())];
+    let list: Vec<_> = words.iter().map(|w| w.as_ptr()).chain([std::ptr::null()]).collect();
+    // SAFETY: the child makes two calls on what was made before, and this function does not return in it.
+    #[allow(deprecated)]
+    let child = unsafe {
+        match libc::vfork() {
+            0 => {
+                libc::dup2(p.near, 0);
+                libc::execv(exe.as_ptr(), list.as_ptr());
+                libc::_exit(99)
+            }
+            child => child,
+        }
+    };
+    ended(child)
+}
+
+/// The ways to execute a program.
+const HOW: [(&str, fn(&Pair, &str, usize) -> c_int); 4] = [
+    ("posix_spawn", spawned),
+    ("fork and execv", by_execv),
+    ("fork and execl", by_execl),
+    ("vfork", by_vfork),
+];
+
+/// The descriptor stays open in an executed program.
+fn keep(fd: c_int) {
+    sys::fcntl(fd, libc::F_SETFD, 0);
+}
+
+/// The case's connection goes back to TCP.
+fn inherits(case: &mut super::Case) {
+    case.carried = super::Carried::Tcp("inherited");
 }
 
 /// Sends a descriptor over a UNIX socket and receives it again, in this process.
@@ -197,22 +271,90 @@ pub fn group() -> Group {
         p.note(unsafe { libc::system(c"exit 3".as_ptr()) });
         exchange(p);
     });
-    group
-        .case("7.16", "exec/the new program sends", |p| {
-            p.note(executed(p, "send", 20));
+    for (name, how) in HOW {
+        inherits(group.case("7.16", &format!("exec/{name}, the new program sends"), move |p| {
+            p.note(how(p, "send", 20));
             p.taken(Ret(20, 0));
             p.far_says("take", &[20]);
             exchange(p);
-        })
-        .open = Some("a program that is executed with the connection does not know of the lane yet");
-    group
-        .case("7.16", "exec/the new program receives", |p| {
+        }));
+        inherits(group.case("7.16", &format!("exec/{name}, the new program receives"), move |p| {
             p.receives(30);
-            p.note(executed(p, "recv", 12));
+            p.note(how(p, "recv", 12));
             p.recv(40, 0);
             exchange(p);
-        })
-        .open = Some("a program that is executed with the connection does not know of the lane yet");
+        }));
+    }
+    inherits(group.case("7.16", "exec/much is unread", |p| {
+        p.receives(20_000);
+        p.recv(700, 0);
+        p.note(spawned(p, "recv", 10_000));
+        p.receives(500);
+        p.take(9800);
+        exchange(p);
+    }));
+    inherits(group.case("7.16", "exec/what comes later", |p| {
+        p.far("later send", &[9, 0]);
+        p.note(spawned(p, "recv", 9));
+        exchange(p);
+        p.far_says("shutdown", &[1]);
+        p.take(1);
+    }));
+    inherits(group.case("7.16", "exec/the new program has the last descriptor", |p| {
+        let go = sys::pipe();
+        let fd = p.near;
+        // SAFETY: the child makes calls and ends; this program has one thread.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            // SAFETY: a byte of our own, and numbers.
+            unsafe {
+                libc::close(go[1]);
+                libc::read(go[0], [0u8].as_mut_ptr().cast(), 1);
+                libc::dup2(fd, 0);
+            }
+            executes(libc::execv, "send", 20);
+        }
+        p.call("close", sys::close(fd));
+        p.near = -1;
+        go.iter().for_each(|fd| {
+            sys::close(*fd);
+        });
+        p.note(ended(child));
+        p.far_says("take", &[21]);
+    }));
+    inherits(group.case("7.16", "exec/there is no such program", |p| {
+        let fd = p.near;
+        let data = p.next(10);
+        p.note(forked(|| {
+            keep(fd);
+            let none = [std::ptr::null()];
+            // SAFETY: strings and a list that outlive the call.
+            let got = ret(unsafe { libc::execv(c"/no/such/program".as_ptr(), none.as_ptr()) });
+            c_int::from(sys::send(fd, &data, 0).0 != 10) * 100 + got.1
+        }));
+        p.taken(Ret(10, 0));
+        p.far_says("take", &[10]);
+        exchange(p);
+    }));
+    inherits(group.case("7.16", "system/the command inherits the connection", |p| {
+        keep(p.near);
+        p.receives(7);
+        // SAFETY: a command in a C string.
+        p.note(unsafe { libc::system(c"exit 3".as_ptr()) });
+        p.recv(20, 0);
+        exchange(p);
+    }));
+    group.case("7.14", "exec/the child has closed its descriptor before", |p| {
+        keep(p.near);
+        let fd = p.near;
+        p.note(forked(|| {
+            sys::close(fd);
+            let none = [c"true".as_ptr(), std::ptr::null()];
+            // SAFETY: strings and a list that outlive the call.
+            unsafe { libc::execv(c"/bin/true".as_ptr(), none.as_ptr()) }
+        }));
+        exchange(p);
+    });
     group.case("7.19", "SCM_RIGHTS/within the process", |p| {
         let got = travelled(p.near);
         sys::close(p.near);
