@@ -5,7 +5,7 @@
 //! large enough once, at the library's load, when there is one thread.
 
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::fd::OwnedFd;
+use rustix::fd::{BorrowedFd, OwnedFd};
 use rustix::io::fcntl_dupfd_cloexec;
 
 /// The first of our numbers. Below the usual soft limit of 1024, which some programs take for the last.
@@ -14,6 +14,11 @@ const FIRST: i32 = 900;
 /// The same descriptor under a number of ours, if there is one.
 pub fn lift(fd: OwnedFd) -> OwnedFd {
     fcntl_dupfd_cloexec(&fd, FIRST).unwrap_or(fd)
+}
+
+/// A duplicate under a number of ours.
+pub fn twin(fd: BorrowedFd<'_>) -> Option<OwnedFd> {
+    fcntl_dupfd_cloexec(fd, FIRST).ok()
 }
 
 /// Makes the table large enough for our numbers.

@@ -16,7 +16,7 @@ use super::table;
 use super::wait::{self, Spin};
 use crate::record::status;
 use rustix::event::{Timespec, epoll};
-use rustix::fd::{AsRawFd, BorrowedFd};
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd};
 use rustix::io::Errno;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
@@ -144,6 +144,38 @@ pub fn forget_fd(fd: i32) {
     });
 }
 
+/// A descriptor number is about to be closed, and another names the connection: as the kernel's sets watch the open file and
+/// not a number, the sets that hold it go on, by a duplicate of ours.
+pub fn keep(fd: i32, conn: &ConnRef) {
+    each_set(|set, mut inner| {
+        inner.plain.remove(&fd);
+        let Some(at) = inner.find(fd).filter(|at| inner.hot(*at).names(&raw const **conn)) else { return };
+        // SAFETY: the application's descriptor, which it is closing just now.
+        let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
+        let twin = inner.hot(at).is_wanted().then(|| super::descriptors::twin(anchor)).flatten();
+        let _ = epoll::delete(set.as_fd(), anchor);
+        let Some(twin) = twin.filter(|twin| set.watch_anchor(twin.as_fd()).is_ok()) else {
+            inner.remove(fd);
+            return;
+        };
+        let member = conn.join(set, twin.as_raw_fd());
+        inner.rename(at, twin, member);
+    });
+}
+
+/// The last number of a connection is about to be closed: sets that went on with it under duplicates of ours are done.
+pub fn forget_kept(conn: &ConnRef) {
+    for member in conn.members() {
+        let Ok(mut inner) = member.set.inner.lock() else { continue };
+        if let Some(at) = inner.find(member.fd).filter(|at| inner.hot(*at).names(&raw const **conn)) {
+            if let Some(twin) = inner.hot(at).twin() {
+                let _ = epoll::delete(member.set.as_fd(), twin);
+            }
+            inner.remove(member.fd);
+        }
+    }
+}
+
 /// `epoll_ctl`. Says whether it was served; a call on a descriptor that is followed but has no connection object is
 /// remembered, and must be made as well.
 pub fn ctl(epfd: i32, op: i32, fd: i32, event: Option<(u32, u64)>) -> Outcome<i32> {
@@ -240,9 +272,7 @@ impl EpollSet {
         interest: Interest,
         present: bool,
     ) -> Result<(), Errno> {
-        use epoll::EventFlags as E;
-        let data = epoll::EventData::new_u64(TOKEN | fd as u64);
-        let flags = E::IN | E::OUT | E::RDHUP | E::PRI | E::ET;
+        let (data, flags) = (anchor_data(fd), anchor_flags());
         // SAFETY: the application's descriptor, in a call on it or under its table entry.
         let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
         self.ours.store(true, Ordering::Release);
@@ -260,6 +290,11 @@ impl EpollSet {
         let at = inner.insert(fd, conn, interest, member);
         self.hear(inner, at, conn);
         Ok(())
+    }
+
+    /// Registers an anchor, under its own number.
+    fn watch_anchor(&self, anchor: BorrowedFd<'_>) -> Result<(), Errno> {
+        epoll::add(self.as_fd(), anchor, anchor_data(anchor.as_raw_fd()), anchor_flags())
     }
 
     /// Hears the doorbell of the connection's slab.
@@ -520,6 +555,16 @@ impl EpollSet {
         wait::learn(&self.spin, false);
         Ok(0)
     }
+}
+
+/// What the kernel's set says of the anchor with this number.
+fn anchor_data(fd: i32) -> epoll::EventData {
+    epoll::EventData::new_u64(TOKEN | fd as u64)
+}
+
+fn anchor_flags() -> epoll::EventFlags {
+    use epoll::EventFlags as E;
+    E::IN | E::OUT | E::RDHUP | E::PRI | E::ET
 }
 
 impl AsRawFd for EpollSet {

@@ -429,7 +429,14 @@ pub fn before_close(fd: i32) {
     if super::fork::is_foreign() {
         return;
     }
-    epoll::forget_fd(fd);
+    match slot.conn() {
+        Some(conn) if conn.names.load(Ordering::Acquire) > 1 => epoll::keep(fd, &conn),
+        Some(conn) => {
+            epoll::forget_fd(fd);
+            epoll::forget_kept(&conn);
+        }
+        None => epoll::forget_fd(fd),
+    }
     let Some(conn) = slot.forget() else { return };
     if conn.names.fetch_sub(1, Ordering::AcqRel) > 1 {
         // Another number names the connection: it must not hold on to this one.

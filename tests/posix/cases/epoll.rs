@@ -310,17 +310,57 @@ pub fn group() -> Group {
         waits(p, &set);
         p.near = -1;
     });
-    group
-        .case("7.10", "close/a duplicate keeps it in the set", |p| {
-            let set = Set::of(p.near, IN);
+    for (name, events) in [("level", IN), ("edge", IN | ET), ("one shot", IN | ONESHOT)] {
+        group.case("7.10", &format!("close/a duplicate keeps it in the set, {name}"), move |p| {
+            let set = Set::of(p.near, events);
             // SAFETY: a number.
             let twin = unsafe { libc::dup(p.near) };
+            let number = p.near;
             sys::close(p.near);
             p.near = twin;
             p.receives(5);
             waits(p, &set);
-        })
-        .open = Some("a closed number leaves its sets, also when another number names the same connection");
+            waits(p, &set);
+            p.recv(3, 0);
+            waits(p, &set);
+            p.receives(5);
+            waits(p, &set);
+            // Neither number stands for it any more, or can take it out.
+            for fd in [twin, number] {
+                let got = set.ctl(EPOLL_CTL_DEL, fd, 0, 0);
+                p.call("DEL", got);
+            }
+            let got = set.ctl(EPOLL_CTL_ADD, twin, IN, 8);
+            p.call("ADD", got);
+            waits(p, &set);
+            sys::close(p.near);
+            p.near = -1;
+            waits(p, &set);
+        });
+    }
+    group.case("7.10", "close/a duplicate keeps it, and the number names another", |p| {
+        let set = Set::of(p.near, IN);
+        // SAFETY: a number.
+        let twin = unsafe { libc::dup(p.near) };
+        let pipe = sys::pipe();
+        // SAFETY: numbers.
+        unsafe { libc::dup2(pipe[0], p.near) };
+        let got = set.ctl(EPOLL_CTL_ADD, p.near, IN, 9);
+        p.call("ADD", got);
+        let number = std::mem::replace(&mut p.near, twin);
+        p.receives(5);
+        waits(p, &set);
+        // SAFETY: a byte of our own.
+        unsafe { libc::write(pipe[1], b"x".as_ptr().cast(), 1) };
+        waits(p, &set);
+        let got = set.ctl(EPOLL_CTL_DEL, number, 0, 0);
+        p.call("DEL", got);
+        drained(p);
+        waits(p, &set);
+        [number, pipe[0], pipe[1]].iter().for_each(|fd| {
+            sys::close(*fd);
+        });
+    });
     group.case("7.10", "dup/both numbers in one set", |p| {
         let set = Set::of(p.near, IN);
         // SAFETY: a number.

@@ -5,6 +5,7 @@ use super::super::poll;
 use super::NOWHERE;
 use crate::record::status;
 use rustix::event::PollFlags;
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -60,6 +61,8 @@ pub(super) struct Hot {
     pub slab: u32,
     /// By which the connection's users say that it has changed.
     pub member: Arc<Member>,
+    /// Its number is this one, of ours: the application has closed the one that it gave.
+    twin: Option<OwnedFd>,
 }
 
 impl Hot {
@@ -79,10 +82,30 @@ impl Hot {
             watched: false,
             slab,
             member,
+            twin: None,
         };
         hot.member.settle(serial);
         hot.renew(interest);
         hot
+    }
+
+    /// It goes on under another number.
+    pub fn rename(&mut self, twin: OwnedFd, member: Arc<Member>) {
+        self.conn.part(&self.member);
+        member.settle(self.serial);
+        (self.fd, self.twin, self.member) = (twin.as_raw_fd(), Some(twin), member);
+        // By the number before it is looked at no longer.
+        self.watched = false;
+    }
+
+    /// The number of ours under which it goes on, if it does.
+    pub fn twin(&self) -> Option<BorrowedFd<'_>> {
+        self.twin.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Whether the application has it in the set.
+    pub fn is_wanted(&self) -> bool {
+        self.interest.is_some()
     }
 
     /// Whether only the kernel can answer a question that is open: it is asked at its next turn.

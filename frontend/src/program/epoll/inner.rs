@@ -20,6 +20,7 @@ use super::super::wait;
 use super::NOWHERE;
 use super::hot::{Hot, Interest};
 use crate::memory::Bound;
+use rustix::fd::{AsRawFd, OwnedFd};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use vsocket_channel::Side;
@@ -126,6 +127,19 @@ impl Inner {
             self.place(moved, at as u32);
         }
         true
+    }
+
+    /// A connection goes on under another number, which is ours.
+    pub fn rename(&mut self, at: usize, twin: OwnedFd, member: Arc<Member>) {
+        let (was, is) = (self.hot[at].fd, twin.as_raw_fd());
+        self.place(was, NOWHERE);
+        self.place(is, at as u32);
+        let slab = self.hot[at].slab;
+        if let Some(heard) = self.heard(slab) {
+            heard.members.iter_mut().filter(|fd| **fd == was).for_each(|fd| *fd = is);
+        }
+        self.hot[at].rename(twin, member);
+        self.watch(at);
     }
 
     /// A connection may be ready.
