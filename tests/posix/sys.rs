@@ -47,6 +47,7 @@ unsafe extern "C" {
         len: *mut libc::socklen_t,
     ) -> isize;
     pub fn __poll_chk(fds: *mut libc::pollfd, n: libc::nfds_t, timeout: c_int, room: usize) -> c_int;
+    pub fn __dprintf_chk(fd: c_int, flag: c_int, format: *const libc::c_char, ...) -> c_int;
     pub fn dprintf(fd: c_int, format: *const libc::c_char, ...) -> c_int;
 }
 

@@ -4,6 +4,7 @@ mod control;
 mod exec;
 mod lifetime;
 mod number;
+mod print;
 mod readiness;
 mod stdio;
 mod transfer;

@@ -69,13 +69,50 @@ pub fn group() -> Group {
         p.far_says("take", &[16]);
         close(p, file);
     });
-    group
-        .case("7.8", "dprintf/a line", |p| {
-            let got = ret(unsafe { sys::dprintf(p.near, c"%s %d\n".as_ptr(), c"text".as_ptr(), 42) });
-            p.call("dprintf", got);
-            p.far_says("take", &[8]);
-        })
-        .open = Some("dprintf writes by a symbol that nobody can hook, and is variadic itself");
+    group.case("7.8", "dprintf/a line", |p| {
+        let got = ret(unsafe { sys::dprintf(p.near, c"%s %d\n".as_ptr(), c"text".as_ptr(), 42) });
+        p.call("dprintf", got);
+        p.far_says("take", &[8]);
+    });
+    group.case("7.8", "dprintf/more arguments than registers", |p| {
+        let format = c"%d %f %s %ld %e %d %d %d %g %d %f %f %f %f %f %f %f\n".as_ptr();
+        let (s, d) = (c"seven".as_ptr(), 2.5f64);
+        let got = unsafe {
+            sys::dprintf(
+                p.near,
+                format,
+                1,
+                0.5f64,
+                s,
+                1i64 << 40,
+                d,
+                -3,
+                4,
+                5,
+                1e30f64,
+                6,
+                d,
+                d,
+                d,
+                d,
+                d,
+                d,
+                9.25f64,
+            )
+        };
+        p.call("dprintf", ret(got));
+        let n = i64::from(got);
+        p.far_says("take", &[n]);
+    });
+    group.case("7.8", "dprintf/much, checked, and after the end", |p| {
+        p.far("later take", &[70_000]);
+        let got = ret(unsafe { sys::__dprintf_chk(p.near, 1, c"%70000d".as_ptr(), 42) });
+        p.call("dprintf", got);
+        p.far_says("told", &[]);
+        sys::shutdown(p.near, libc::SHUT_WR);
+        let got = ret(unsafe { sys::dprintf(p.near, c"%d".as_ptr(), 42) });
+        p.call("dprintf", got);
+    });
     group.case("7.8", "getc/what was received before", |p| {
         p.receives(10);
         p.recv(4, 0);
