@@ -198,6 +198,14 @@ fn a_stay_opens_is_confirmed_and_carries_bytes() {
     assert!(!wire.flows[0].is_waiting() && wire.drops.is_empty());
     assert_eq!(wire.flows[0].traffic.tx_bytes, 5);
     assert_eq!(wire.flows[1].traffic.rx_bytes, 5);
+    wire.guests[0].write(&[7; 8000]);
+    wire.run();
+    let taken = |wire: &Wire| wire.guests[0].directions()[0].reader.taken.load(Ordering::Relaxed) - (1 << 40);
+    assert!(taken(&wire) <= 5, "nobody has read so much");
+    assert_eq!(wire.guests[1].read(8000).len(), 8000);
+    wire.guests[0].write(b"!");
+    wire.run();
+    assert!((4096..=8005).contains(&taken(&wire)), "{}", taken(&wire));
 }
 
 /// A capture looks where a header says its payload is, whatever it says.

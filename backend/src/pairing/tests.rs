@@ -201,6 +201,21 @@ fn no_memory_is_a_quota_and_a_new_open_tries_again() {
     assert_eq!(one.open(B, a_to_b().mirrored(), 1).len(), 2);
 }
 
+/// One that is about to leave for a reason takes the other along, and its memory is kept until both have left.
+#[test]
+fn an_end_that_is_about_to_leave_takes_the_other_along() {
+    let mut one = One::new();
+    let g = one.committed();
+    one.pairing.handle_leaving(A, g + 1, Reason::Inherited);
+    assert!(one.done().is_empty(), "another generation");
+    for expected in [vec![format!("1/2 withdraw {g} inherited")], vec![]] {
+        one.pairing.handle_leaving(A, g, Reason::Inherited);
+        assert_eq!(one.done(), expected);
+    }
+    assert!(one.left(B, g).is_empty());
+    assert_eq!(one.left(A, g), ["release to reuse"]);
+}
+
 #[test]
 fn a_segment_is_free_when_both_have_left() {
     let mut one = One::new();
