@@ -193,7 +193,12 @@ pub fn ctl(epfd: i32, op: i32, fd: i32, event: Option<(u32, u64)>) -> Outcome<i3
     if let Some(at) = known.filter(|at| inner.hot(*at).names(slot.conn_ptr())) {
         // In the set already: the set's own reference keeps the connection.
         inner.watch(at);
-        return Outcome::Done(inner.hot(at).control(op, interest).map(|()| 0));
+        let done = inner.hot(at).control(op, interest);
+        if done.is_ok() && inner.sleepers > 0 {
+            // Who sleeps may have been told of what it is now to be told.
+            wait::kick();
+        }
+        return Outcome::Done(done.map(|()| 0));
     }
     match slot.conn() {
         Some(conn) => {
