@@ -530,6 +530,25 @@ mod cold {
         assert_eq!(rig.ready(), vec![(0, IN)]);
     }
 
+    /// The kernel wakes who sleeps when what is waited for changes to something that is ready.
+    #[test]
+    fn a_change_of_what_is_waited_for_wakes_the_sleeper() {
+        let mut rig = Rig::new(1, 0);
+        wait::watch_kick(&rig.epfd, TOKEN | KICK);
+        rig.lines[0].publish(b"1");
+        let mut out = [libc::epoll_event { events: 0, u64: 0 }; 8];
+        let mut real = |out: &mut [libc::epoll_event], timeout: Option<Timespec>| {
+            if timeout.is_none() {
+                rig.ctl(libc::EPOLL_CTL_MOD, 0, IN);
+            }
+            // SAFETY: the list has room for as many.
+            let n = unsafe { libc::epoll_wait(rig.set.fd, out.as_mut_ptr(), out.len() as i32, 0) };
+            assert!(timeout.is_some() || n > 0, "sleeps on");
+            Ok(usize::try_from(n).unwrap())
+        };
+        assert_eq!(rig.set.wait(&mut out, None, None, &mut real), Ok(1));
+    }
+
     /// A descriptor number that stands for another connection: what was known of the one before does not count.
     #[test]
     fn a_number_that_is_used_again_is_another_connection() {
