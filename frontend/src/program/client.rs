@@ -145,6 +145,11 @@ pub fn confine() {
     }
 }
 
+/// Whether it has.
+pub fn is_confined() -> bool {
+    CONFINED.load(Ordering::Acquire)
+}
+
 /// A followed descriptor has proved worth it, or waits for its answer: goes on with opening it.
 pub fn open(fd: i32, slot: &'static Slot) {
     if CONFINED.load(Ordering::Acquire) {

@@ -31,7 +31,8 @@ pub enum Action {
 
 /// This process, or a child of it that does nothing else, is about to execute a program, after these actions.
 pub fn before(actions: &[Action]) {
-    if !table::has_followed() {
+    // A sandbox may kill whoever makes a socket for the agent.
+    if !table::has_followed() || client::is_confined() {
         return;
     }
     let foreign = fork::is_foreign();
