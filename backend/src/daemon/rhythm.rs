@@ -24,8 +24,9 @@ const SPIN_MOST: Duration = Duration::from_millis(2);
 const SPIN_MACHINE: Duration = Duration::from_millis(5);
 /// A nap is so many times as long as a look costs, in processor time: looking in vain takes a ninth of a processor, however
 /// slow the machine, and the rest is left to the machines, which share it with us. Where a look and the way into and out of
-/// a nap cost 30 µs, two emulated machines of two hosts on two processors got 1.8 k redis requests/s (10 connections) with
-/// naps of 50 µs, 3.2 k with 150, 4.3 k with 200, 3.5 k with 300 and 400, and 1.5 k by TCP.
+/// a nap cost 30 µs, two emulated machines of two hosts on two processors got 1.3 to 2.5 k redis requests/s (10 connections)
+/// with naps of 50 µs, 3.1 to 3.3 with 150, 2.1 to 6.3 with 200, 3.0 to 4.9 with 300, 3.1 to 3.6 with 400, and 1.2 to 1.8 by
+/// TCP, on a machine that others used as well.
 const NAP_LOOKS: u32 = 8;
 /// But not shorter, as the kernel's way into a nap and out of it is no shorter.
 const NAP_LEAST: Duration = Duration::from_micros(20);
