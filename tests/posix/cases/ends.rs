@@ -142,8 +142,9 @@ pub fn group() -> Group {
         afterwards(p);
     });
     group.case("7.33", "the far end/reset while this end sends", |p| {
-        p.far("later reset", &[]);
+        // Beforehand: it takes a while, and the reset is to meet a sender that waits.
         let data = vec![1; 64 << 20];
+        p.far("later reset", &[]);
         let got = sys::send(p.near, &data, libc::MSG_NOSIGNAL);
         p.note(format_args!("all of it: {}", got.0 == data.len() as isize));
         p.until(libc::POLLHUP);
