@@ -8,10 +8,11 @@
 //! with the decision in `vsocket_frontend::program`.
 #![allow(clippy::missing_safety_doc, non_camel_case_types)]
 
-pub mod args;
 #[cfg(not(test))]
 #[macro_use]
-mod hook;
+extern crate redhook;
+
+pub mod args;
 // As soon as a test links these they would override libc inside the test itself.
 #[cfg(not(test))]
 mod exports;

@@ -245,8 +245,8 @@ impl Agent {
 
     pub(super) fn withdraw(&mut self, conn: u64, generation: Option<u32>, reason: Reason) {
         let now = self.now;
-        if let (true, Some(generation), Some(of)) =
-            (reason.is_whole(), generation, self.registry.conns.get(&conn))
+        if let (Reason::Inherited, Some(generation), Some(of)) =
+            (reason, generation, self.registry.conns.get(&conn))
         {
             // The far end is to find on the anchor what its application has not taken.
             if let Some(record) = self.registry.record(of) {
@@ -266,14 +266,9 @@ impl Agent {
         segment: &Segment,
         fds: Vec<OwnedFd>,
     ) -> Result<(), Reason> {
-        // A process that was forked just now may not have been heard yet.
-        self.handle_newcomers();
         let session = self.link_session();
-        let conn = self.registry.conns.get(&id).filter(|c| c.ending.is_none()).ok_or(Reason::Ending)?;
-        if conn.is_shared() {
-            return Err(Reason::Busy);
-        }
-        let program = conn.program;
+        let conn = self.registry.conns.get(&id).filter(|c| c.ending.is_none());
+        let program = conn.ok_or(Reason::Ending)?.program;
         let slab = if self.machine.is_some() {
             self.slab_of_machine(program, segment)?
         } else {

@@ -41,7 +41,7 @@ impl Agent {
     }
 
     /// Listens to all who have not said who they are.
-    pub(super) fn handle_newcomers(&mut self) {
+    fn handle_newcomers(&mut self) {
         self.handle_listener_ready();
         let strangers = self.registry.holders.iter().filter(|(_, h)| h.program.is_none());
         let strangers: Vec<u64> = strangers.map(|(id, _)| *id).collect();
@@ -92,9 +92,9 @@ impl Agent {
                 self.handle_query(from, what);
                 Ok(())
             }
-            (Message::Parted { handle, reason }, _) if reason.is_whole() => {
+            (Message::Parted { handle }, _) => {
                 let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| Unexpected("parted-descriptors"))?;
-                self.handle_parted(from, handle, reason, &fd);
+                self.handle_parted(from, handle, &fd);
                 Ok(())
             }
             (Message::Attach { inherit, .. }, None) => self.attach(from, inherit),
@@ -251,8 +251,8 @@ impl Agent {
             return Err(Reason::Untrackable);
         }
         let cookie = socket_cookie(fd).map_err(|_| Reason::NotEstablished)?;
-        if let Some(reason) = self.registry.given.reason(cookie) {
-            return Err(reason);
+        if self.registry.inherited.contains(cookie) {
+            return Err(Reason::Inherited);
         }
         if self.registry.cookies.contains_key(&cookie) { Err(Reason::TupleTaken) } else { Ok(cookie) }
     }
@@ -265,12 +265,6 @@ impl Agent {
     }
 
     fn handle_prepared(&mut self, id: u64, generation: u32, fds: Vec<OwnedFd>) -> Result<(), Unexpected> {
-        // Before a fork it may have asked for one more holder, and that may still lie unread.
-        self.handle_newcomers();
-        if self.registry.conns.get(&id).is_some_and(Conn::is_shared) {
-            // One that was forked before the answer may not have the segment.
-            self.handle_unanswered(id);
-        }
         let Some(conn) = self.registry.conns.get_mut(&id) else { return Ok(()) };
         if !matches!(conn.course.stage(), Stage::Preparing { generation: asked, .. } if asked == generation) {
             // Its preparation was given up while the answer was under way.
@@ -375,7 +369,8 @@ impl Agent {
                 self.tell_backend(Message::Refused { conn: id, generation, reason });
             }
             Act::TellLeft(generation) => self.tell_backend(Message::Left { conn: id, generation }),
-            Act::Part(generation, reason) => {
+            Act::Part(generation) => {
+                let reason = Reason::Inherited;
                 self.tell_backend(Message::Withdraw { conn: id, generation, reason });
             }
             Act::Ready(generation) => {
@@ -470,12 +465,6 @@ impl Program {
 }
 
 impl Conn {
-    /// Whether several processes have it. Only one of them would be asked to prepare, and the others find its segment
-    /// nowhere: a fork hands on what was prepared before it.
-    pub(super) fn is_shared(&self) -> bool {
-        self.holders.len() > 1
-    }
-
     fn new(program: u64, record: u32, holder: u64, tuple: Tuple, cookie: u64, course: Course) -> Self {
         Self {
             program,

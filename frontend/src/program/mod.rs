@@ -7,7 +7,6 @@
 //!
 //! Nothing here writes to the application's standard streams, and no lock is held across a wait.
 
-pub mod cancel;
 pub mod client;
 pub mod conn;
 pub mod descriptors;
@@ -19,7 +18,6 @@ pub mod pipes;
 pub mod poll;
 pub mod socket;
 pub mod table;
-pub mod unseen;
 pub mod wait;
 
 /// What a hook is to do with a call.

@@ -1,10 +1,8 @@
 //! Waiting for one descriptor, and `poll`, `ppoll`, `select`, `pselect` over both kinds of descriptor.
 
 use super::Outcome;
-use super::cancel;
 use super::client;
 use super::conn::ConnRef;
-use super::epoll;
 use super::table::{self, Slot};
 use super::wait::{self, Asleep, Spin};
 use crate::kernel;
@@ -69,12 +67,6 @@ pub fn ends_within(fd: i32, limit: Duration) -> bool {
     has_ended(unsafe { BorrowedFd::borrow_raw(fd) }, limit)
 }
 
-/// Whether the kernel has an error to tell, or the connection is over both ways.
-pub fn has_failed(anchor: BorrowedFd<'_>) -> bool {
-    let mut one = [PollFd::from_borrowed_fd(anchor, PollFlags::empty())];
-    rustix::event::poll(&mut one, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap_or(0) > 0
-}
-
 /// Waits until a descriptor may be ready. True if the anchor had something to say.
 ///
 /// # Errors
@@ -118,9 +110,6 @@ pub fn wait_one(fd: i32, slot: &'static Slot, want: Want, deadline: Option<Insta
     let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
     let set = asleep.as_fd();
     let mut fds = [PollFd::from_borrowed_fd(anchor, events), PollFd::from_borrowed_fd(set, PollFlags::IN)];
-    if cancel::wanted() {
-        return done(Err(cancel::CANCELLED));
-    }
     let polled = rustix::event::poll(&mut fds, remaining(deadline).as_ref());
     let said = fds[0].revents();
     if !fds[1].revents().is_empty() {
@@ -165,12 +154,8 @@ pub fn wait_writable(anchor: BorrowedFd<'_>, milliseconds: i64) {
 pub fn anchor_decides(conn: &ConnRef, interest: PollFlags) -> PollFlags {
     let endpoint = conn.endpoint();
     let mut decides = PollFlags::empty();
-    if !endpoint.record.is(status::RX_RING) {
-        // The FIN is told as soon as it has come, whatever is unread.
-        decides |= interest & PollFlags::RDHUP;
-    }
     if endpoint.readable().is_none() {
-        decides |= interest & (PollFlags::IN | PollFlags::RDNORM | PollFlags::PRI);
+        decides |= interest & (PollFlags::IN | PollFlags::RDNORM | PollFlags::RDHUP | PollFlags::PRI);
     }
     if endpoint.writable().is_none() && !endpoint.record.is(status::TX_DRAINING) {
         decides |= interest & (PollFlags::OUT | PollFlags::WRNORM);
@@ -225,16 +210,9 @@ pub fn events_now(conn: &ConnRef, interest: PollFlags) -> (PollFlags, bool) {
     }
     let mut pending = false;
     let mut said = one[0].revents();
-    if said & (PollFlags::ERR | PollFlags::HUP) == PollFlags::ERR {
-        // The kernel shows a reset's error first, and the state that comes with it a moment later.
-        rustix::thread::sched_yield();
-        if rustix::event::poll(&mut one, Some(&zero)).unwrap_or(0) > 0 {
-            said = one[0].revents();
-        }
-    }
     if said.contains(PollFlags::ERR | PollFlags::HUP) && conn.record().is(status::TX_RING) {
         // Nothing that goes into the ring arrives any more.
-        conn.endpoint().found_over();
+        conn.endpoint().broken();
         events |= ring_events(conn, interest);
     }
     let bits = conn.record().status.load(Ordering::Acquire);
@@ -255,7 +233,7 @@ pub fn events_now(conn: &ConnRef, interest: PollFlags) -> (PollFlags, bool) {
             // Whoever next finds the ring empty looks there.
             conn.kernel_in.store(1, Ordering::Release);
             if said.contains(PollFlags::ERR | PollFlags::HUP) {
-                conn.endpoint().found_over();
+                conn.endpoint().broken();
             }
             said -= PollFlags::IN | PollFlags::RDNORM;
         } else if said.contains(PollFlags::IN) {
@@ -290,44 +268,17 @@ fn flags_of(events: i16) -> PollFlags {
     PollFlags::from_bits_retain(events as u16)
 }
 
-/// Whether one of these may be a connection, or the agent has said something.
-#[inline]
-pub fn concerns(fds: &[libc::pollfd]) -> bool {
-    // Most lists are told by their range, several numbers at a time.
-    let (first, many) = table::range();
-    let near =
-        fds.iter().fold(client::mail_waits(), |any, p| any | ((p.fd as u32).wrapping_sub(first) < many));
-    near && (client::mail_waits() || fds.iter().any(|p| table::may_follow(p.fd)))
-}
-
-/// Whether one of the numbers below `nfds` in these sets may be a connection, or the agent has said something.
-#[inline]
-pub fn concerns_sets(nfds: i32, sets: [*mut libc::fd_set; 3]) -> bool {
-    if client::mail_waits() {
-        return true;
-    }
-    let last = usize::try_from(nfds).unwrap_or(0).div_ceil(64);
-    (0..last).any(|n| {
-        let ours = table::may_follow_of(n);
-        // SAFETY: sets are whole words, and the application's has room for its own `nfds` numbers.
-        let has = |set: &*mut libc::fd_set| unsafe { set.cast::<u64>().add(n).read_unaligned() } & ours != 0;
-        ours != 0 && sets.iter().filter(|set| !set.is_null()).any(has)
-    })
-}
-
 /// `poll` and `ppoll`. `real` is the real `ppoll` on a list, with the caller's signal mask.
 pub fn poll(
     fds: &mut [libc::pollfd],
-    timeout: Option<Duration>,
+    deadline: Option<Instant>,
     mut real: impl FnMut(&mut [libc::pollfd], Option<Timespec>) -> Result<usize, Errno>,
 ) -> Outcome<usize> {
     client::check_mail();
-    let deadline = deadline(timeout);
     let phase = |fd: i32| table::slot(fd).map_or(table::NONE, |s| s.phase.load(Ordering::Acquire));
     // Beside other threads, a wait inside the kernel would keep them from opening a connection.
     let least = if kernel::single_threaded() { table::WANTED } else { table::COUNTED };
-    let sets = fds.iter().filter(|p| epoll::is_set_of_ours(p.fd)).count();
-    let special = sets > 0 || fds.iter().any(|p| phase(p.fd) >= least);
+    let special = fds.iter().any(|p| phase(p.fd) >= least);
     if !special {
         let counted = fds.iter().filter(|p| phase(p.fd) == table::COUNTED);
         let slots: Vec<_> = counted.filter_map(|p| table::slot(p.fd)).collect();
@@ -363,13 +314,7 @@ fn serve(
         let look = |fds: &mut [libc::pollfd],
                     kernel: &mut [libc::pollfd],
                     real: &mut dyn FnMut(&mut [libc::pollfd]) -> Result<usize, Errno>| {
-            for _ in 0..epoll::LOOKS {
-                fds.iter().for_each(|p| epoll::refresh(p.fd));
-                real(kernel)?;
-                if !kernel.iter().any(|k| k.fd >= 0 && k.revents != 0 && epoll::is_edged(k.fd)) {
-                    break;
-                }
-            }
+            real(kernel)?;
             for (p, k) in fds.iter_mut().zip(kernel.iter()) {
                 p.revents = if k.fd < 0 { 0 } else { k.revents };
             }
@@ -412,9 +357,7 @@ fn serve(
             }
         }
         let mail = client::mail_waits();
-        let slept = if cancel::wanted() {
-            Err(cancel::CANCELLED)
-        } else if mail || ring_now(fds) {
+        let slept = if mail || ring_now(fds) {
             Ok(1)
         } else {
             for (i, conn) in &conns {
@@ -454,7 +397,7 @@ fn serve(
 pub fn select(
     nfds: i32,
     sets: [*mut libc::fd_set; 3],
-    timeout: Option<Duration>,
+    deadline: Option<Instant>,
     real: impl FnMut(&mut [libc::pollfd], Option<Timespec>) -> Result<usize, Errno>,
 ) -> Outcome<usize> {
     const EVENTS: [i16; 3] = [libc::POLLIN | libc::POLLRDHUP, libc::POLLOUT, libc::POLLPRI];
@@ -474,10 +417,10 @@ pub fn select(
             list.push(libc::pollfd { fd, events, revents: 0 });
         }
     }
-    if !list.iter().any(|p| table::followed(p.fd).is_some() || epoll::is_set_of_ours(p.fd)) {
+    if !list.iter().any(|p| table::followed(p.fd).is_some()) {
         return Outcome::Bypass;
     }
-    let result = match poll(&mut list, timeout, real) {
+    let result = match poll(&mut list, deadline, real) {
         Outcome::Bypass => return Outcome::Bypass,
         Outcome::Done(result) => result,
     };

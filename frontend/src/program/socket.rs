@@ -1,14 +1,11 @@
 //! Calls on one descriptor: sending, receiving, closing, duplicating.
 
 use super::Outcome;
-use super::cancel;
 use super::client;
 use super::conn::ConnRef;
 use super::epoll;
-use super::exec;
 use super::poll::{self, Want};
 use super::table::{self, Slot};
-use super::unseen;
 use super::wait;
 use crate::kernel;
 use crate::record::status;
@@ -17,7 +14,6 @@ use rustix::io::{Errno, IoSlice, IoSliceMut};
 use rustix::net::{RecvFlags, SendFlags};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use vsocket_channel::reason::Reason;
 
 /// Sent or received, in the slot's counting.
 const SENT: u8 = 1;
@@ -27,16 +23,6 @@ const RECEIVED: u8 = 2;
 pub struct Inside(&'static Slot, i32, u8);
 
 impl Inside {
-    /// Where it is counted.
-    pub fn slot(&self) -> &'static Slot {
-        self.0
-    }
-
-    /// Nobody can cancel this thread.
-    pub fn is_alone(&self) -> bool {
-        kernel::single_threaded()
-    }
-
     /// The real call has returned.
     pub fn returned(self, n: isize) {
         let Self(slot, fd, direction) = self;
@@ -44,7 +30,6 @@ impl Inside {
         slot.count(direction, n.max(0) as u64);
         // Not after an error: errno is the application's.
         if n > 0 && client::worth_it(slot) {
-            unseen::keeps(fd);
             slot.phase.store(table::WANTED, Ordering::Release);
             client::open(fd, slot);
         }
@@ -97,7 +82,6 @@ fn wait_outside(fd: i32, slot: &'static Slot) -> Result<(), Errno> {
     while counted() {
         match poll::wait_one(fd, slot, Want::Read, None) {
             Ok(true) => return Ok(()),
-            Err(cancel::CANCELLED) => return Err(cancel::CANCELLED),
             Err(Errno::INTR) if !kernel::calls_are_restarted() => return Err(Errno::INTR),
             _ => {}
         }
@@ -121,23 +105,15 @@ pub fn held(fd: i32) -> Option<ConnRef> {
 }
 
 /// Whether the descriptor is followed at all.
-#[inline]
 pub fn is_followed(fd: i32) -> bool {
-    table::may_follow(fd) && table::followed(fd).is_some()
-}
-
-/// Whether its close is of interest: a followed descriptor's, or a set's.
-#[inline]
-pub fn concerns_close(fd: i32) -> bool {
-    let set = |slot: &Slot| !slot.epoll.load(Ordering::Relaxed).is_null();
-    table::slot(fd).is_some_and(|slot| slot.phase.load(Ordering::Relaxed) != table::NONE || set(slot))
+    table::followed(fd).is_some()
 }
 
 /// A call moves bytes that cannot be counted: a descriptor without a connection object is not followed any more.
 pub fn leave_alone(fd: i32) {
     // One whose answer is outstanding is not taken when it comes.
     if let Some(slot) = table::followed(fd).filter(|s| s.phase.load(Ordering::Relaxed) < table::HELD) {
-        slot.leave_alone();
+        slot.phase.store(table::NONE, Ordering::Relaxed);
     }
 }
 
@@ -229,10 +205,6 @@ pub fn send(fd: i32, slot: &'static Slot, bufs: &[IoSlice<'_>], flags: SendFlags
                 }
                 // SAFETY: the application's descriptor, in a call on it.
                 let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
-                if done > 0 && poll::has_failed(anchor) {
-                    // The next call is told why; this one has sent something.
-                    return Err(Errno::PIPE);
-                }
                 let call = || {
                     let mut control = rustix::net::SendAncillaryBuffer::default();
                     let flags = flags | SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
@@ -348,7 +320,7 @@ pub fn recv(
                 if let Some(conn) = slot.conn() {
                     if error == Errno::CONNRESET {
                         // The kernel has told it, and will not again.
-                        conn.endpoint().broken(error);
+                        conn.endpoint().broken();
                     }
                     conn.endpoint().tell_later();
                 }
@@ -508,35 +480,13 @@ pub fn duplicated(old: i32, new: i32) {
             to.hold(conn);
         }
         // Counted under one number only: two would see half each. It stays on TCP.
-        None => from.leave_alone(),
+        None => from.phase.store(table::NONE, Ordering::Release),
     }
-}
-
-/// Others are to find all of these connections in the kernel's sockets: they go back to TCP, for good, with what was not
-/// received. This process goes on there as well.
-pub fn give(fds: &[i32], reason: Reason) {
-    if client::is_confined() {
-        return;
-    }
-    fds.iter().for_each(|fd| leave_alone(*fd));
-    let held: Vec<i32> = fds.iter().copied().filter(|fd| held(*fd).is_some()).collect();
-    if !held.is_empty() {
-        exec::hand_over(&held, reason);
-    }
-}
-
-/// These descriptors are about to be passed on (`SCM_RIGHTS`), to whoever receives them.
-pub fn passing(fds: &[i32]) {
-    give(fds, Reason::Passed);
 }
 
 /// A descriptor came from elsewhere (`SCM_RIGHTS`): if it is a connection that this process has, it is one more number
-/// for it. Another stays on TCP.
+/// for it.
 pub fn passed(fd: i32) {
-    if is_followed(fd) {
-        // The number was closed behind our back.
-        before_close(fd);
-    }
     // SAFETY: the application's descriptor, which it has just received.
     let cookie = |fd| rustix::net::sockopt::socket_cookie(unsafe { BorrowedFd::borrow_raw(fd) }).ok();
     let Some(wanted) = cookie(fd) else { return };
@@ -561,13 +511,7 @@ pub fn appeared(fd: i32, connector: bool) {
 /// `shutdown(2)`.
 pub fn shutdown(fd: i32, read: bool, write: bool) -> Outcome<i32> {
     let Some(conn) = held(fd) else { return Outcome::Bypass };
-    let done = conn.stirring(|| shut(&conn, read, write));
-    let endpoint = conn.endpoint();
-    if endpoint.record.is(status::RX_SHUT) && endpoint.record.is(status::TX_SHUT) {
-        // The kernel would answer what still comes with a reset.
-        endpoint.close_reader();
-    }
-    done
+    conn.stirring(|| shut(&conn, read, write))
 }
 
 fn shut(conn: &ConnRef, read: bool, write: bool) -> Outcome<i32> {
@@ -603,23 +547,14 @@ fn shut(conn: &ConnRef, read: bool, write: bool) -> Outcome<i32> {
 /// Bytes that `FIONREAD` would report, if the connection is not simply the kernel's.
 pub fn unread(fd: i32) -> Option<usize> {
     let conn = held(fd)?;
-    // Without a lane too: what a stay that has ended delivered already, may come once more.
-    if conn.bound().is_some() { conn.endpoint().unread() } else { None }
+    let endpoint = conn.endpoint();
+    let record = endpoint.record;
+    if record.is(status::RX_STATE) { endpoint.unread() } else { None }
 }
 
-/// `SO_ERROR` of a connection that was reset in a way that the kernel does not know of, or tells no more: told once, as from
-/// the kernel.
-pub fn error_told(fd: i32) -> Option<Errno> {
-    let conn = held(fd)?;
-    let told = conn.record().is(status::BROKEN) && conn.record().take(status::UNTOLD);
-    told.then(|| conn.endpoint().reset_errno())
-}
-
-/// A call that first tells an error that is pending, whatever there is to be received (`recvmmsg`).
-pub fn pending_error(fd: i32) -> Option<Errno> {
-    // SAFETY: the application's descriptor, in a call on it.
-    let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
-    error_told(fd).or_else(|| rustix::net::sockopt::socket_error(anchor).ok()?.err())
+/// `SO_ERROR` of a connection that was reset in a way that the kernel does not know of: told once, as from the kernel.
+pub fn error_told(fd: i32) -> bool {
+    held(fd).is_some_and(|conn| conn.record().is(status::BROKEN) && conn.record().take(status::UNTOLD))
 }
 
 /// The application has asked that no fewer bytes be received (`SO_RCVLOWAT`).
@@ -641,15 +576,8 @@ pub fn before_close_range(first: u32, last: u32) {
     }
 }
 
-/// `dup2` is about to make the number another's, if it has something to duplicate.
-pub fn before_dup(fd: i32, to: i32) {
-    if fd != to && is_open(fd) {
-        before_close(to);
-    }
-}
-
 /// Whether the number is an open descriptor.
-fn is_open(fd: i32) -> bool {
+pub fn is_open(fd: i32) -> bool {
     // SAFETY: only asked about; a number that is not open gives EBADF.
     fd >= 0 && rustix::io::fcntl_getfd(unsafe { BorrowedFd::borrow_raw(fd) }).is_ok()
 }

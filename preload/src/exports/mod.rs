@@ -7,6 +7,4 @@ mod number;
 mod print;
 mod readiness;
 mod stdio;
-mod thread;
 mod transfer;
-mod unseen;

@@ -1,12 +1,11 @@
 //! Waiting for descriptors.
 
 use crate::args;
-use crate::hook::{ours, point};
 use libc::{c_int, epoll_event, fd_set, nfds_t, pollfd, sigset_t, size_t, timespec, timeval};
 use rustix::event::Timespec;
 use rustix::io::Errno;
 use std::time::Duration;
-use vsocket_frontend::program::{Outcome, cancel, epoll, poll as polling, socket};
+use vsocket_frontend::program::{Outcome, epoll, poll as polling};
 
 // SAFETY, for every hook of this file: the arguments are the application's own, valid as the C function's contract says;
 // they are only handed on, or made into slices that end with the call.
@@ -23,18 +22,6 @@ unsafe fn real_ppoll(
     args::result(unsafe { real!(ppoll)(list.as_mut_ptr(), list.len() as nfds_t, limit, mask) })
 }
 
-/// Serves a wait, and once more if it ended for a cancellation that did not come; `None` if it is the kernel's.
-fn again(mut served: impl FnMut() -> Option<Outcome<usize>>) -> Option<c_int> {
-    loop {
-        point();
-        match served() {
-            Some(Outcome::Done(Err(cancel::CANCELLED))) => {}
-            Some(Outcome::Done(result)) => return Some(args::answer(result) as c_int),
-            _ => return None,
-        }
-    }
-}
-
 /// Serves a poll; `None` if it is the kernel's.
 unsafe fn serve_poll(
     fds: *mut pollfd,
@@ -49,10 +36,10 @@ unsafe fn serve_poll(
     let list = unsafe { std::slice::from_raw_parts_mut(fds, n as usize) };
     // SAFETY: the mask is the application's.
     let real = |l: &mut [pollfd], left| unsafe { real_ppoll(l, left, mask) };
-    if !polling::concerns(list) {
-        return None;
+    match polling::poll(list, polling::deadline(timeout), real) {
+        Outcome::Done(result) => Some(args::answer(result) as c_int),
+        Outcome::Bypass => None,
     }
-    again(|| ours(|| polling::poll(list, timeout, real)))
 }
 
 hook! { unsafe fn poll(fds: *mut pollfd, n: nfds_t, timeout: c_int) -> c_int => vs_poll {
@@ -100,21 +87,18 @@ hook! { unsafe fn select(n: c_int, r: *mut fd_set, w: *mut fd_set, e: *mut fd_se
         }
         let micros = |t: &timeval| (t.tv_sec as u64).saturating_mul(1_000_000).saturating_add(t.tv_usec as u64);
         let timeout = limit.as_ref().map(|t| Duration::from_micros(micros(t)));
-        if !polling::concerns_sets(n, [r, w, e]) {
-            return real!(select)(n, r, w, e, limit);
-        }
         let deadline = polling::deadline(timeout);
         let real = |l: &mut [pollfd], left| real_ppoll(l, left, std::ptr::null());
-        match again(|| ours(|| polling::select(n, [r, w, e], timeout, real))) {
-            None => real!(select)(n, r, w, e, limit),
-            Some(answer) => {
+        match polling::select(n, [r, w, e], deadline, real) {
+            Outcome::Bypass => real!(select)(n, r, w, e, limit),
+            Outcome::Done(result) => {
                 if let (Some(limit), Some(deadline)) = (limit.as_mut(), deadline) {
                     // As Linux does: the time that was left.
                     let left = deadline.saturating_duration_since(std::time::Instant::now());
                     limit.tv_sec = left.as_secs() as i64;
                     limit.tv_usec = i64::from(left.subsec_micros());
                 }
-                answer
+                args::answer(result) as c_int
             }
         }
     }
@@ -123,26 +107,22 @@ hook! { unsafe fn select(n: c_int, r: *mut fd_set, w: *mut fd_set, e: *mut fd_se
 hook! { unsafe fn pselect(n: c_int, r: *mut fd_set, w: *mut fd_set, e: *mut fd_set, limit: *const timespec, mask: *const sigset_t) -> c_int => vs_pselect {
     // SAFETY: see above.
     unsafe {
-        let timeout = args::timespec(limit);
-        let Some(timeout) = timeout.ok().filter(|_| polling::concerns_sets(n, [r, w, e])) else {
-            return real!(pselect)(n, r, w, e, limit, mask);
-        };
+        let Ok(timeout) = args::timespec(limit) else { return real!(pselect)(n, r, w, e, limit, mask) };
         let real = |l: &mut [pollfd], left| real_ppoll(l, left, mask);
-        let served = again(|| ours(|| polling::select(n, [r, w, e], timeout, real)));
-        served.unwrap_or_else(|| real!(pselect)(n, r, w, e, limit, mask))
+        match polling::select(n, [r, w, e], polling::deadline(timeout), real) {
+            Outcome::Bypass => real!(pselect)(n, r, w, e, limit, mask),
+            Outcome::Done(result) => args::answer(result) as c_int,
+        }
     }
 } }
 
 hook! { unsafe fn epoll_ctl(set: c_int, op: c_int, fd: c_int, event: *mut epoll_event) -> c_int => vs_epoll_ctl {
     // SAFETY: see above.
     unsafe {
-        if !socket::is_followed(fd) && !epoll::is_set(fd) {
-            return real!(epoll_ctl)(set, op, fd, event);
-        }
         let asked = event.as_ref().map(|e| (e.events, e.u64));
-        match ours(|| epoll::ctl(set, op, fd, asked)) {
-            Some(Outcome::Done(result)) => args::answer(result.map(|n| n as usize)) as c_int,
-            _ => real!(epoll_ctl)(set, op, fd, event),
+        match epoll::ctl(set, op, fd, asked) {
+            Outcome::Done(result) => args::answer(result.map(|n| n as usize)) as c_int,
+            Outcome::Bypass => real!(epoll_ctl)(set, op, fd, event),
         }
     }
 } }
@@ -169,14 +149,17 @@ unsafe fn serve_wait(
     timeout: Option<Duration>,
     mask: *const sigset_t,
 ) -> Option<c_int> {
-    if out.is_null() || n <= 0 || !epoll::concerns(set) {
+    if out.is_null() || n <= 0 {
         return None;
     }
     // SAFETY: the application promises room for `n` events.
     let list = unsafe { std::slice::from_raw_parts_mut(out, n as usize) };
     // SAFETY: the mask is the application's.
     let real = |l: &mut [epoll_event], left| unsafe { real_epoll(set, l, left, mask) };
-    again(|| ours(|| epoll::wait(set, list, timeout, real)))
+    match epoll::wait(set, list, timeout, real) {
+        Outcome::Done(result) => Some(args::answer(result) as c_int),
+        Outcome::Bypass => None,
+    }
 }
 
 hook! { unsafe fn epoll_wait(set: c_int, out: *mut epoll_event, n: c_int, timeout: c_int) -> c_int => vs_epoll_wait {

@@ -1,7 +1,6 @@
 //! Sending and receiving.
 
 use crate::args;
-use crate::hook::{is_cancelled, ours, point};
 use libc::{
     c_int, c_uint, c_void, iovec, mmsghdr, msghdr, off_t, size_t, sockaddr, socklen_t, ssize_t, timespec,
 };
@@ -9,56 +8,28 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use vsocket_frontend::program::pipes;
 use vsocket_frontend::program::socket::{self, Route};
-use vsocket_frontend::program::table::{self, Slot};
 
 /// Whether a receiving call with these flags takes bytes of the stream.
 fn counts(flags: c_int) -> bool {
     flags & (libc::MSG_PEEK | libc::MSG_OOB | libc::MSG_ERRQUEUE) == 0
 }
 
-/// Makes the real call on a counted descriptor; if the thread is cancelled in it, it has left the kernel all the same.
-macro_rules! counted {
-    ($inside:ident, $real:expr) => {
-        if $inside.is_alone() {
-            $real
-        } else {
-            let mut cleanup = Cleanup::new();
-            cleanup.push($inside.slot());
-            let n = $real;
-            cleanup.pop();
-            n
-        }
-    };
-}
-
 /// Serves a receiving call, or makes the real one and counts it.
 macro_rules! receive {
     ($fd:expr, $flags:expr, $bufs:expr, $real:expr) => {
-        if !socket::is_followed($fd) {
-            $real
-        } else {
-            loop {
-            point();
-            let route = ours(|| socket::receiving($fd, RecvFlags::from_bits_retain($flags as c_uint)));
-            let n = match route.unwrap_or(Ok(Route::Kernel)) {
-                Err(error) => args::answer(Err(error)),
-                Ok(Route::Kernel) => $real,
-                // Urgent bytes and completions of sends are queues of the kernel's own, whatever lane the stream is on.
-                Ok(Route::Served(_)) if $flags & (libc::MSG_ERRQUEUE | libc::MSG_OOB) != 0 => $real,
-                Ok(Route::Counted(inside)) => {
-                    let n = counted!(inside, $real);
-                    ours(|| inside.returned(if counts($flags) { n } else { 0 }));
-                    n
-                }
-                Ok(Route::Served(slot)) => {
-                    let flags = RecvFlags::from_bits_retain($flags as c_uint);
-                    let served = ours(|| args::answer($bufs.and_then(|bufs| socket::recv($fd, slot, bufs, flags))));
-                    served.unwrap_or_else(|| $real)
-                }
-            };
-            if !is_cancelled(n < 0) {
-                break n;
+        match socket::receiving($fd, RecvFlags::from_bits_retain($flags as c_uint)) {
+            Err(error) => args::answer(Err(error)),
+            Ok(Route::Kernel) => $real,
+            // Urgent bytes and completions of sends are queues of the kernel's own, whatever lane the stream is on.
+            Ok(Route::Served(_)) if $flags & (libc::MSG_ERRQUEUE | libc::MSG_OOB) != 0 => $real,
+            Ok(Route::Counted(inside)) => {
+                let n = $real;
+                inside.returned(if counts($flags) { n } else { 0 });
+                n
             }
+            Ok(Route::Served(slot)) => {
+                let flags = RecvFlags::from_bits_retain($flags as c_uint);
+                args::answer($bufs.and_then(|bufs| socket::recv($fd, slot, bufs, flags)))
             }
         }
     };
@@ -74,71 +45,20 @@ macro_rules! input {
 /// Serves a sending call, or makes the real one and counts it.
 macro_rules! transmit {
     ($fd:expr, $flags:expr, $bufs:expr, $real:expr) => {
-        if !socket::is_followed($fd) {
-            $real
-        } else {
-            loop {
-                point();
-                let n = match ours(|| socket::sending($fd)).unwrap_or(Route::Kernel) {
-                    Route::Kernel => $real,
-                    Route::Counted(inside) => {
-                        let n = counted!(inside, $real);
-                        ours(|| inside.returned(n));
-                        n
-                    }
-                    Route::Served(slot) => {
-                        let flags = SendFlags::from_bits_retain($flags as c_uint);
-                        let quiet = $flags & libc::MSG_NOSIGNAL != 0;
-                        let served = ours(|| {
-                            args::sent($bufs.and_then(|bufs| socket::send($fd, slot, bufs, flags)), quiet)
-                        });
-                        served.unwrap_or_else(|| $real)
-                    }
-                };
-                if !is_cancelled(n < 0) {
-                    break n;
-                }
+        match socket::sending($fd) {
+            Route::Kernel => $real,
+            Route::Counted(inside) => {
+                let n = $real;
+                inside.returned(n);
+                n
+            }
+            Route::Served(slot) => {
+                let flags = SendFlags::from_bits_retain($flags as c_uint);
+                let quiet = $flags & libc::MSG_NOSIGNAL != 0;
+                args::sent($bufs.and_then(|bufs| socket::send($fd, slot, bufs, flags)), quiet)
             }
         }
     };
-}
-
-/// What libc runs when a thread is cancelled, or ends, in a frame that stands below this: its `_pthread_cleanup_buffer`.
-#[repr(C)]
-struct Cleanup {
-    routine: Option<extern "C" fn(*mut c_void)>,
-    argument: *mut c_void,
-    kind: c_int,
-    previous: *mut c_void,
-}
-
-unsafe extern "C" {
-    fn _pthread_cleanup_push(place: *mut Cleanup, routine: extern "C" fn(*mut c_void), argument: *mut c_void);
-    fn _pthread_cleanup_pop(place: *mut Cleanup, execute: c_int);
-}
-
-extern "C" fn left(slot: *mut c_void) {
-    // SAFETY: of the table, which lives as long as the process.
-    unsafe { &*slot.cast::<Slot>() }.leave();
-}
-
-impl Cleanup {
-    fn new() -> Self {
-        let null = std::ptr::null_mut();
-        Self { routine: None, argument: null, kind: 0, previous: null }
-    }
-
-    /// From now on the slot is left in such a case. The caller pops it before its frame ends.
-    fn push(&mut self, slot: &'static Slot) {
-        let slot = std::ptr::from_ref(slot).cast_mut().cast();
-        // SAFETY: the place is in the caller's frame until it is popped, or that frame is unwound, when libc runs it.
-        unsafe { _pthread_cleanup_push(self, left, slot) };
-    }
-
-    fn pop(&mut self) {
-        // SAFETY: pushed by the same frame, the last that was.
-        unsafe { _pthread_cleanup_pop(self, 0) };
-    }
 }
 
 // SAFETY, for every hook of this file: the arguments are the application's own, valid as the C function's contract says;
@@ -208,10 +128,8 @@ hook! { unsafe fn __recv_chk(fd: c_int, buf: *mut c_void, n: size_t, room: size_
 hook! { unsafe fn recvfrom(fd: c_int, buf: *mut c_void, n: size_t, flags: c_int, from: *mut sockaddr, len: *mut socklen_t) -> ssize_t => vs_recvfrom {
     // SAFETY: see above.
     unsafe {
-        // The agent's answer may come meanwhile, and be that it is followed no more.
-        let followed = socket::is_followed(fd);
         let got = receive!(fd, flags, args::buffer(buf, n).as_mut().map(std::slice::from_mut).map_err(|e| *e), real!(recvfrom)(fd, buf, n, flags, from, len));
-        if got >= 0 && !from.is_null() && !len.is_null() && followed {
+        if got >= 0 && !len.is_null() && socket::is_followed(fd) {
             *len = 0;
         }
         got
@@ -228,28 +146,17 @@ hook! { unsafe fn __recvfrom_chk(fd: c_int, buf: *mut c_void, n: size_t, room: s
     }
 } }
 
-/// Descriptors came with a message.
-unsafe fn received(msg: *const msghdr) {
-    // SAFETY: the application's message, of which the kernel has just stored as much control data as it says.
-    unsafe {
-        if (*msg).msg_controllen > 0 && table::has_followed() {
-            ours(|| args::each_passed(msg, socket::passed));
-        }
-    }
-}
-
 hook! { unsafe fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t => vs_recvmsg {
     // SAFETY: see above.
     unsafe {
-        let followed = socket::is_followed(fd);
         let got = receive!(fd, flags, args::of_message(args::scatter((*msg).msg_iov, (*msg).msg_iovlen as c_int)), real!(recvmsg)(fd, msg, flags));
-        if got >= 0 && flags & libc::MSG_ERRQUEUE == 0 && followed {
+        if got >= 0 && flags & libc::MSG_ERRQUEUE == 0 && socket::is_followed(fd) {
             // As TCP: no name, no control data.
             (*msg).msg_namelen = 0;
             (*msg).msg_controllen = 0;
             (*msg).msg_flags = 0;
-        } else if got >= 0 {
-            received(msg);
+        } else if got >= 0 && (*msg).msg_controllen > 0 {
+            args::each_passed(msg, socket::passed);
         }
         got
     }
@@ -259,21 +166,12 @@ hook! { unsafe fn recvmmsg(fd: c_int, list: *mut mmsghdr, n: c_uint, flags: c_in
     // SAFETY: see above.
     unsafe {
         if !socket::is_followed(fd) || n == 0 {
-            let got = real!(recvmmsg)(fd, list, n, flags, timeout);
-            for message in 0..got.max(0) as usize {
-                received(&raw const (*list.add(message)).msg_hdr);
-            }
-            return got;
+            return real!(recvmmsg)(fd, list, n, flags, timeout);
         }
         let mut how = flags & !libc::MSG_WAITFORONE;
         let limit = args::timespec(timeout);
         let Ok(limit) = limit else { return args::answer(Err(Errno::INVAL)) as c_int };
         let end = limit.map(|limit| std::time::Instant::now() + limit);
-        if flags & libc::MSG_ERRQUEUE == 0
-            && let Some(error) = socket::pending_error(fd)
-        {
-            return args::answer(Err(error)) as c_int;
-        }
         for done in 0..n {
             let message = list.add(done as usize);
             let got = vs_recvmsg(fd, &raw mut (*message).msg_hdr, how);
@@ -344,26 +242,9 @@ unsafe fn control_is_fine(fd: c_int, msg: *const msghdr) -> bool {
     }
 }
 
-/// Connections that a message passes on go back to TCP first.
-unsafe fn passing(msg: *const msghdr) {
-    // SAFETY: the application's message.
-    if unsafe { (*msg).msg_controllen == 0 || (*msg).msg_control.is_null() } || !table::has_followed() {
-        return;
-    }
-    let mut found = Vec::new();
-    // SAFETY: as above; its control data are as long as it says.
-    unsafe { args::each_passed(msg, |fd| found.extend(socket::is_followed(fd).then_some(fd))) };
-    if !found.is_empty() {
-        let errno = args::errno();
-        ours(|| socket::passing(&found));
-        args::set_errno(errno);
-    }
-}
-
 hook! { unsafe fn sendmsg(fd: c_int, msg: *const msghdr, flags: c_int) -> ssize_t => vs_sendmsg {
     // SAFETY: see above.
     unsafe {
-        passing(msg);
         if !control_is_fine(fd, msg) {
             return args::answer(Err(Errno::INVAL));
         }
@@ -376,7 +257,6 @@ hook! { unsafe fn sendmmsg(fd: c_int, list: *mut mmsghdr, n: c_uint, flags: c_in
     // SAFETY: see above.
     unsafe {
         if !socket::is_followed(fd) || n == 0 {
-            (0..n as usize).for_each(|message| passing(&raw const (*list.add(message)).msg_hdr));
             return real!(sendmmsg)(fd, list, n, flags);
         }
         for done in 0..n {
@@ -442,14 +322,11 @@ unsafe fn send_piece(out: c_int, input: c_int, offset: *mut off_t, count: size_t
 hook! { unsafe fn sendfile(out: c_int, input: c_int, offset: *mut off_t, count: size_t) -> ssize_t => vs_sendfile {
     // SAFETY: see above.
     unsafe {
-        if !socket::is_followed(out) {
-            return real!(sendfile)(out, input, offset, count);
-        }
-        match ours(|| socket::sending(out)).unwrap_or(Route::Kernel) {
+        match socket::sending(out) {
             Route::Kernel => real!(sendfile)(out, input, offset, count),
             Route::Counted(inside) => {
-                let n = counted!(inside, real!(sendfile)(out, input, offset, count));
-                ours(|| inside.returned(n));
+                let n = real!(sendfile)(out, input, offset, count);
+                inside.returned(n);
                 n
             }
             Route::Served(_) => send_file(out, input, offset, count),
@@ -468,22 +345,17 @@ hook! { unsafe fn splice(from: c_int, from_at: *mut off_t, to: c_int, to_at: *mu
         if !from_at.is_null() || !to_at.is_null() || flags & !SPLICE_FLAGS != 0 || n == 0 {
             return real!(splice)(from, from_at, to, to_at, n, flags);
         }
-        if !socket::is_followed(from) && !socket::is_followed(to) {
-            return real!(splice)(from, from_at, to, to_at, n, flags);
-        }
         let wait = flags & libc::SPLICE_F_NONBLOCK == 0;
         let (socket, direction) = if socket::is_followed(to) { (to, socket::sending as fn(c_int) -> Route) } else { (from, socket::splicing as fn(c_int) -> Route) };
-        match ours(|| direction(socket)).unwrap_or(Route::Kernel) {
+        match direction(socket) {
             Route::Kernel => real!(splice)(from, from_at, to, to_at, n, flags),
             Route::Counted(inside) => {
-                let n = counted!(inside, real!(splice)(from, from_at, to, to_at, n, flags));
-                ours(|| inside.returned(n));
+                let n = real!(splice)(from, from_at, to, to_at, n, flags);
+                inside.returned(n);
                 n
             }
-            Route::Served(slot) if socket == to => {
-                ours(|| args::sent(pipes::to_socket(from, to, slot, n, wait), false)).unwrap_or(-1)
-            }
-            Route::Served(slot) => ours(|| args::answer(pipes::from_socket(from, slot, to, n, wait))).unwrap_or(-1),
+            Route::Served(slot) if socket == to => args::sent(pipes::to_socket(from, to, slot, n, wait), false),
+            Route::Served(slot) => args::answer(pipes::from_socket(from, slot, to, n, wait)),
         }
     }
 } }

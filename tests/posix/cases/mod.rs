@@ -13,7 +13,6 @@ mod signals;
 mod stdio;
 mod threads;
 mod transfer;
-mod unseen;
 
 use crate::pair::Pair;
 
@@ -49,8 +48,6 @@ pub struct Case {
     pub carried: Carried,
     /// Why it is known to differ, if it is.
     pub open: Option<&'static str>,
-    /// Why it may differ beside the upgrade, if it may: elsewhere it is the same.
-    pub across: Option<&'static str>,
     /// What it does.
     pub run: Box<dyn Fn(&mut Pair)>,
 }
@@ -81,7 +78,6 @@ impl Group {
             setup: Setup::Connected,
             carried: Carried::Lane,
             open: None,
-            across: None,
             run: Box::new(run),
         });
         let at = self.cases.len() - 1;
@@ -104,7 +100,6 @@ pub fn all() -> Vec<Case> {
         stdio::group(),
         files::group(),
         addresses::group(),
-        unseen::group(),
         threads::group(),
     ];
     groups.into_iter().flat_map(|g| g.cases).collect()
