@@ -48,6 +48,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("preload/src/exports/readiness.rs", "C entry points"),
     ("preload/src/exports/stdio.rs", "C entry points, and glibc's streams"),
     ("preload/src/exports/transfer.rs", "C entry points"),
+    ("preload/src/hook.rs", "C entry points, and the functions that they stand before"),
 ];
 
 /// Crate roots whose whole crate is free of it, so that the compiler sees to it.

@@ -8,11 +8,10 @@
 //! with the decision in `vsocket_frontend::program`.
 #![allow(clippy::missing_safety_doc, non_camel_case_types)]
 
+pub mod args;
 #[cfg(not(test))]
 #[macro_use]
-extern crate redhook;
-
-pub mod args;
+mod hook;
 // As soon as a test links these they would override libc inside the test itself.
 #[cfg(not(test))]
 mod exports;

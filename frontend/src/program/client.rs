@@ -110,6 +110,7 @@ pub fn check_mail() {
 }
 
 /// Whether the agent has said something that nobody has read.
+#[inline]
 pub fn mail_waits() -> bool {
     let mail = MAIL.load(Ordering::Acquire);
     // SAFETY: null, or the counter in records that are never unmapped once attached.
@@ -153,7 +154,7 @@ pub fn is_confined() -> bool {
 /// A followed descriptor has proved worth it, or waits for its answer: goes on with opening it.
 pub fn open(fd: i32, slot: &'static Slot) {
     if CONFINED.load(Ordering::Acquire) {
-        return slot.phase.store(table::NONE, Ordering::Release);
+        return slot.leave_alone();
     }
     let Ok(mut guard) = CLIENT.try_lock() else { return };
     let client = guard.get_or_insert_with(|| {
@@ -308,7 +309,7 @@ impl Client {
         // SAFETY: the application's descriptor, in a call on it.
         let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
         if kernel::tuple(anchor).is_err() {
-            slot.phase.store(table::NONE, Ordering::Relaxed);
+            slot.leave_alone();
             return;
         }
         let handle = self.next_handle;
@@ -454,8 +455,11 @@ impl Client {
     fn declined(&mut self, handle: u64, reason: Reason) {
         let Some((fd, epoch)) = self.opening.remove(&handle) else { return };
         let Some(slot) = table::slot(fd).filter(|s| s.epoch.load(Ordering::Relaxed) == epoch) else { return };
-        let next = if reason == Reason::Busy { table::WANTED } else { table::NONE };
-        slot.phase.store(next, Ordering::Release);
+        if reason == Reason::Busy {
+            slot.phase.store(table::WANTED, Ordering::Release);
+        } else {
+            slot.leave_alone();
+        }
     }
 
     fn prepare(&mut self, conn: u64, generation: u32, segment: &Segment, fds: Vec<OwnedFd>) {

@@ -62,9 +62,16 @@ pub struct EpollSet {
 /// All sets, for what concerns a descriptor in each of them.
 static SETS: Mutex<Vec<&'static EpollSet>> = Mutex::new(Vec::new());
 
+#[inline]
 fn set_of(fd: i32) -> Option<&'static EpollSet> {
     // SAFETY: sets are leaked, so a pointer in the table is valid for good.
     unsafe { table::slot(fd)?.epoll.load(Ordering::Acquire).as_ref() }
+}
+
+/// Whether a set may hold a connection, or the agent has said something.
+#[inline]
+pub fn concerns(fd: i32) -> bool {
+    client::mail_waits() || set_of(fd).is_some_and(|set| set.ours.load(Ordering::Acquire))
 }
 
 /// `epoll_create` made a set.

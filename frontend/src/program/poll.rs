@@ -268,13 +268,39 @@ fn flags_of(events: i16) -> PollFlags {
     PollFlags::from_bits_retain(events as u16)
 }
 
+/// Whether one of these may be a connection, or the agent has said something.
+#[inline]
+pub fn concerns(fds: &[libc::pollfd]) -> bool {
+    // Most lists are told by their range, several numbers at a time.
+    let (first, many) = table::range();
+    let near =
+        fds.iter().fold(client::mail_waits(), |any, p| any | ((p.fd as u32).wrapping_sub(first) < many));
+    near && (client::mail_waits() || fds.iter().any(|p| table::may_follow(p.fd)))
+}
+
+/// Whether one of the numbers below `nfds` in these sets may be a connection, or the agent has said something.
+#[inline]
+pub fn concerns_sets(nfds: i32, sets: [*mut libc::fd_set; 3]) -> bool {
+    if client::mail_waits() {
+        return true;
+    }
+    let last = usize::try_from(nfds).unwrap_or(0).div_ceil(64);
+    (0..last).any(|n| {
+        let ours = table::may_follow_of(n);
+        // SAFETY: sets are whole words, and the application's has room for its own `nfds` numbers.
+        let has = |set: &*mut libc::fd_set| unsafe { set.cast::<u64>().add(n).read_unaligned() } & ours != 0;
+        ours != 0 && sets.iter().filter(|set| !set.is_null()).any(has)
+    })
+}
+
 /// `poll` and `ppoll`. `real` is the real `ppoll` on a list, with the caller's signal mask.
 pub fn poll(
     fds: &mut [libc::pollfd],
-    deadline: Option<Instant>,
+    timeout: Option<Duration>,
     mut real: impl FnMut(&mut [libc::pollfd], Option<Timespec>) -> Result<usize, Errno>,
 ) -> Outcome<usize> {
     client::check_mail();
+    let deadline = deadline(timeout);
     let phase = |fd: i32| table::slot(fd).map_or(table::NONE, |s| s.phase.load(Ordering::Acquire));
     // Beside other threads, a wait inside the kernel would keep them from opening a connection.
     let least = if kernel::single_threaded() { table::WANTED } else { table::COUNTED };
@@ -397,7 +423,7 @@ fn serve(
 pub fn select(
     nfds: i32,
     sets: [*mut libc::fd_set; 3],
-    deadline: Option<Instant>,
+    timeout: Option<Duration>,
     real: impl FnMut(&mut [libc::pollfd], Option<Timespec>) -> Result<usize, Errno>,
 ) -> Outcome<usize> {
     const EVENTS: [i16; 3] = [libc::POLLIN | libc::POLLRDHUP, libc::POLLOUT, libc::POLLPRI];
@@ -420,7 +446,7 @@ pub fn select(
     if !list.iter().any(|p| table::followed(p.fd).is_some()) {
         return Outcome::Bypass;
     }
-    let result = match poll(&mut list, deadline, real) {
+    let result = match poll(&mut list, timeout, real) {
         Outcome::Bypass => return Outcome::Bypass,
         Outcome::Done(result) => result,
     };

@@ -23,6 +23,16 @@ const RECEIVED: u8 = 2;
 pub struct Inside(&'static Slot, i32, u8);
 
 impl Inside {
+    /// Where it is counted.
+    pub fn slot(&self) -> &'static Slot {
+        self.0
+    }
+
+    /// Nobody can cancel this thread.
+    pub fn is_alone(&self) -> bool {
+        kernel::single_threaded()
+    }
+
     /// The real call has returned.
     pub fn returned(self, n: isize) {
         let Self(slot, fd, direction) = self;
@@ -105,15 +115,23 @@ pub fn held(fd: i32) -> Option<ConnRef> {
 }
 
 /// Whether the descriptor is followed at all.
+#[inline]
 pub fn is_followed(fd: i32) -> bool {
-    table::followed(fd).is_some()
+    table::may_follow(fd) && table::followed(fd).is_some()
+}
+
+/// Whether its close is of interest: a followed descriptor's, or a set's.
+#[inline]
+pub fn concerns_close(fd: i32) -> bool {
+    let set = |slot: &Slot| !slot.epoll.load(Ordering::Relaxed).is_null();
+    table::slot(fd).is_some_and(|slot| slot.phase.load(Ordering::Relaxed) != table::NONE || set(slot))
 }
 
 /// A call moves bytes that cannot be counted: a descriptor without a connection object is not followed any more.
 pub fn leave_alone(fd: i32) {
     // One whose answer is outstanding is not taken when it comes.
     if let Some(slot) = table::followed(fd).filter(|s| s.phase.load(Ordering::Relaxed) < table::HELD) {
-        slot.phase.store(table::NONE, Ordering::Relaxed);
+        slot.leave_alone();
     }
 }
 
@@ -480,7 +498,7 @@ pub fn duplicated(old: i32, new: i32) {
             to.hold(conn);
         }
         // Counted under one number only: two would see half each. It stays on TCP.
-        None => from.phase.store(table::NONE, Ordering::Release),
+        None => from.leave_alone(),
     }
 }
 
@@ -576,8 +594,15 @@ pub fn before_close_range(first: u32, last: u32) {
     }
 }
 
+/// `dup2` is about to make the number another's, if it has something to duplicate.
+pub fn before_dup(fd: i32, to: i32) {
+    if fd != to && is_open(fd) {
+        before_close(to);
+    }
+}
+
 /// Whether the number is an open descriptor.
-pub fn is_open(fd: i32) -> bool {
+fn is_open(fd: i32) -> bool {
     // SAFETY: only asked about; a number that is not open gives EBADF.
     fd >= 0 && rustix::io::fcntl_getfd(unsafe { BorrowedFd::borrow_raw(fd) }).is_ok()
 }

@@ -59,17 +59,45 @@ pub fn has_followed() -> bool {
 }
 
 /// The slot of a descriptor number, if it is in the table's range.
+#[inline]
 pub fn slot(fd: i32) -> Option<&'static Slot> {
     SLOTS.get(usize::try_from(fd).ok()?)
 }
 
 /// The slot of a descriptor that is followed.
+#[inline]
 pub fn followed(fd: i32) -> Option<&'static Slot> {
     slot(fd).filter(|s| s.phase.load(Ordering::Relaxed) != NONE)
 }
 
 /// Above this number no slot has been in use so far: looks over all of them, as before each fork, end there.
 static IN_USE: AtomicU32 = AtomicU32::new(0);
+
+/// Numbers that may be followed, a bit each: lists of descriptors are looked through here, as most of them are others'.
+static MAYBE: [AtomicU64; MAX_FDS / 64] = [const { AtomicU64::new(0) }; MAX_FDS / 64];
+
+/// Whether a descriptor may be followed; its slot knows.
+#[inline]
+pub fn may_follow(fd: i32) -> bool {
+    // A number beyond the table looks like one within it, and is found out at the slot.
+    MAYBE[fd as u32 as usize % MAX_FDS / 64].load(Ordering::Relaxed) >> (fd as u32 % 64) & 1 != 0
+}
+
+/// Below this number no slot has been in use so far.
+static FIRST: AtomicU32 = AtomicU32::new(u32::MAX);
+
+/// Where numbers that may be followed begin, and how many there are from there.
+#[inline]
+pub fn range() -> (u32, u32) {
+    let first = FIRST.load(Ordering::Relaxed);
+    (first, IN_USE.load(Ordering::Relaxed).saturating_sub(first))
+}
+
+/// Of 64 numbers from `64 * n` on, those that may be followed.
+#[inline]
+pub fn may_follow_of(n: usize) -> u64 {
+    MAYBE.get(n).map_or(0, |word| word.load(Ordering::Relaxed))
+}
 
 /// All slots in use, with their numbers.
 pub fn all() -> impl Iterator<Item = (i32, &'static Slot)> {
@@ -112,10 +140,23 @@ impl Slot {
         self.phase.store(COUNTED, Ordering::Release);
     }
 
+    fn number(&self) -> usize {
+        (std::ptr::from_ref(self).addr() - SLOTS.as_ptr().addr()) / size_of::<Self>()
+    }
+
     /// It is among the slots in use from now on.
     fn seen(&self) {
-        let number = (std::ptr::from_ref(self).addr() - SLOTS.as_ptr().addr()) / size_of::<Self>();
+        let number = self.number();
         IN_USE.fetch_max(number as u32 + 1, Ordering::Relaxed);
+        FIRST.fetch_min(number as u32, Ordering::Relaxed);
+        MAYBE[number / 64].fetch_or(1 << (number % 64), Ordering::Relaxed);
+    }
+
+    /// Every call is the kernel's from now on.
+    pub fn leave_alone(&self) {
+        self.phase.store(NONE, Ordering::Release);
+        let number = self.number();
+        MAYBE[number / 64].fetch_and(!(1 << (number % 64)), Ordering::Relaxed);
     }
 
     /// It was worth opening and cannot be now: it is to prove it once more.
@@ -134,7 +175,7 @@ impl Slot {
 
     /// Stops following; the connection object, if there was one.
     pub fn forget(&self) -> Option<ConnRef> {
-        self.phase.store(NONE, Ordering::Relaxed);
+        self.leave_alone();
         self.nonblock.store(0, Ordering::Relaxed);
         ConnRef::take(&self.conn)
     }

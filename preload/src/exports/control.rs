@@ -1,31 +1,9 @@
 //! The variadic functions, which redhook cannot express: stable Rust cannot define them, but on x86-64 and AArch64 Linux
 //! a variadic call passes its first arguments as a plain one does, so a plain definition with the widest argument serves.
 
+use crate::hook::{Next, ours};
 use libc::{c_int, c_ulong, c_void, socklen_t};
-use std::sync::atomic::{AtomicPtr, Ordering};
 use vsocket_frontend::program::{client, socket};
-
-/// The next function of a name, found once.
-pub struct Next(AtomicPtr<libc::c_void>, &'static std::ffi::CStr);
-
-impl Next {
-    /// The function of this name.
-    pub const fn new(name: &'static std::ffi::CStr) -> Self {
-        Self(AtomicPtr::new(std::ptr::null_mut()), name)
-    }
-
-    /// Where it is.
-    pub fn get(&self) -> *mut libc::c_void {
-        let known = self.0.load(Ordering::Relaxed);
-        if !known.is_null() {
-            return known;
-        }
-        // SAFETY: a look-up by a valid name; the result is a function of libc, which is never unloaded.
-        let found = unsafe { libc::dlsym(libc::RTLD_NEXT, self.1.as_ptr()) };
-        self.0.store(found, Ordering::Relaxed);
-        found
-    }
-}
 
 static FCNTL: Next = Next::new(c"fcntl");
 static FCNTL64: Next = Next::new(c"fcntl64");
@@ -34,7 +12,7 @@ static GETSOCKOPT: Next = Next::new(c"getsockopt");
 static IOCTL: Next = Next::new(c"ioctl");
 static PRCTL: Next = Next::new(c"prctl");
 
-type Fcntl = unsafe extern "C" fn(c_int, c_int, ...) -> c_int;
+type Fcntl = unsafe extern "C-unwind" fn(c_int, c_int, ...) -> c_int;
 type Ioctl = unsafe extern "C" fn(c_int, c_ulong, ...) -> c_int;
 
 unsafe fn control(next: &Next, fd: c_int, command: c_int, argument: usize) -> c_int {
@@ -42,26 +20,26 @@ unsafe fn control(next: &Next, fd: c_int, command: c_int, argument: usize) -> c_
     let real: Fcntl = unsafe { std::mem::transmute(next.get()) };
     // SAFETY: the application's arguments, handed on.
     let got = unsafe { real(fd, command, argument) };
-    if got >= 0 {
-        match command {
+    if got >= 0 && socket::is_followed(fd) {
+        ours(|| match command {
             libc::F_SETFL => socket::set_nonblocking(fd, argument as c_int & libc::O_NONBLOCK != 0),
             libc::F_DUPFD | libc::F_DUPFD_CLOEXEC => socket::duplicated(fd, got),
             _ => {}
-        }
+        });
     }
     got
 }
 
 /// `fcntl(2)`: O_NONBLOCK and duplicates.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn fcntl(fd: c_int, command: c_int, argument: usize) -> c_int {
+pub unsafe extern "C-unwind" fn fcntl(fd: c_int, command: c_int, argument: usize) -> c_int {
     // SAFETY: handed on.
     unsafe { control(&FCNTL, fd, command, argument) }
 }
 
 /// `fcntl64`: the name that glibc since 2.28 gives `fcntl` in programs with large files.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn fcntl64(fd: c_int, command: c_int, argument: usize) -> c_int {
+pub unsafe extern "C-unwind" fn fcntl64(fd: c_int, command: c_int, argument: usize) -> c_int {
     // SAFETY: handed on.
     unsafe { control(&FCNTL64, fd, command, argument) }
 }

@@ -1,6 +1,7 @@
 //! Executing programs: those that inherit a connection find it on TCP.
 
 use crate::args;
+use crate::hook::ours;
 use libc::{FILE, c_char, c_int, pid_t, posix_spawn_file_actions_t, posix_spawnattr_t};
 use std::sync::Mutex;
 use vsocket_frontend::program::exec::{self, Action};
@@ -13,7 +14,7 @@ type Actions = posix_spawn_file_actions_t;
 /// Errno is the execution's, if that fails.
 fn before(actions: &[Action]) {
     let errno = args::errno();
-    exec::before(actions);
+    ours(|| exec::before(actions));
     args::set_errno(errno);
 }
 
@@ -72,7 +73,7 @@ hook! { unsafe fn popen(command: *const c_char, mode: *const c_char) -> *mut FIL
 #[cfg(target_arch = "x86_64")]
 mod variadics {
     use super::before;
-    use crate::exports::control::Next;
+    use crate::hook::Next;
     use libc::c_int;
 
     static EXECL: Next = Next::new(c"execl");
@@ -81,8 +82,7 @@ mod variadics {
 
     /// Which of them, in the order below; where the real one is.
     extern "C" fn before_variadic(which: c_int) -> *mut libc::c_void {
-        // Unwinding must not leave this function, as its caller is not Rust's.
-        let _ = std::panic::catch_unwind(|| before(&[]));
+        before(&[]);
         [&EXECL, &EXECLP, &EXECLE][which as usize % 3].get()
     }
 

@@ -4,6 +4,7 @@ use libc::{c_int, c_uint, sockaddr, socklen_t};
 use vsocket_frontend::program::{Outcome, epoll, fork, socket};
 
 use crate::args;
+use crate::hook::ours;
 
 // SAFETY, for every hook of this file: the arguments are the application's own and are only handed on.
 
@@ -29,7 +30,7 @@ hook! { unsafe fn connect(fd: c_int, to: *const sockaddr, len: socklen_t) -> c_i
         let begun = got == 0 || *libc::__errno_location() == libc::EINPROGRESS;
         if begun && !to.is_null() && is_inet(c_int::from((*to).sa_family)) {
             let errno = *libc::__errno_location();
-            socket::appeared(fd, true);
+            ours(|| socket::appeared(fd, true));
             args::set_errno(errno);
         }
         got
@@ -40,7 +41,7 @@ hook! { unsafe fn accept(fd: c_int, from: *mut sockaddr, len: *mut socklen_t) ->
     // SAFETY: see above.
     let new = unsafe { real!(accept)(fd, from, len) };
     if new >= 0 {
-        socket::appeared(new, false);
+        ours(|| socket::appeared(new, false));
     }
     new
 } }
@@ -49,27 +50,29 @@ hook! { unsafe fn accept4(fd: c_int, from: *mut sockaddr, len: *mut socklen_t, f
     // SAFETY: see above.
     let new = unsafe { real!(accept4)(fd, from, len, flags) };
     if new >= 0 {
-        socket::appeared(new, false);
+        ours(|| socket::appeared(new, false));
     }
     new
 } }
 
 hook! { unsafe fn close(fd: c_int) -> c_int => vs_close {
-    socket::before_close(fd);
+    if socket::concerns_close(fd) {
+        ours(|| socket::before_close(fd));
+    }
     // SAFETY: see above.
     unsafe { real!(close)(fd) }
 } }
 
 hook! { unsafe fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int => vs_close_range {
     if flags as c_uint & libc::CLOSE_RANGE_CLOEXEC == 0 {
-        socket::before_close_range(first, last);
+        ours(|| socket::before_close_range(first, last));
     }
     // SAFETY: see above.
     unsafe { real!(close_range)(first, last, flags) }
 } }
 
 hook! { unsafe fn closefrom(first: c_int) -> () => vs_closefrom {
-    socket::before_close_range(first.max(0) as c_uint, c_uint::MAX);
+    ours(|| socket::before_close_range(first.max(0) as c_uint, c_uint::MAX));
     // SAFETY: see above.
     unsafe { real!(closefrom)(first) }
 } }
@@ -77,46 +80,46 @@ hook! { unsafe fn closefrom(first: c_int) -> () => vs_closefrom {
 hook! { unsafe fn dup(fd: c_int) -> c_int => vs_dup {
     // SAFETY: see above.
     let new = unsafe { real!(dup)(fd) };
-    if new >= 0 {
-        socket::duplicated(fd, new);
+    if new >= 0 && socket::is_followed(fd) {
+        ours(|| socket::duplicated(fd, new));
     }
     new
 } }
 
 hook! { unsafe fn dup2(fd: c_int, to: c_int) -> c_int => vs_dup2 {
-    if fd != to && socket::is_open(fd) {
-        socket::before_close(to);
+    if socket::concerns_close(to) {
+        ours(|| socket::before_dup(fd, to));
     }
     // SAFETY: see above.
     let new = unsafe { real!(dup2)(fd, to) };
-    if new >= 0 && fd != to {
-        socket::duplicated(fd, new);
+    if new >= 0 && fd != to && socket::is_followed(fd) {
+        ours(|| socket::duplicated(fd, new));
     }
     new
 } }
 
 hook! { unsafe fn dup3(fd: c_int, to: c_int, flags: c_int) -> c_int => vs_dup3 {
-    if fd != to && socket::is_open(fd) {
-        socket::before_close(to);
+    if socket::concerns_close(to) {
+        ours(|| socket::before_dup(fd, to));
     }
     // SAFETY: see above.
     let new = unsafe { real!(dup3)(fd, to, flags) };
-    if new >= 0 {
-        socket::duplicated(fd, new);
+    if new >= 0 && socket::is_followed(fd) {
+        ours(|| socket::duplicated(fd, new));
     }
     new
 } }
 
 hook! { unsafe fn shutdown(fd: c_int, how: c_int) -> c_int => vs_shutdown {
-    if !(libc::SHUT_RD..=libc::SHUT_RDWR).contains(&how) {
+    if !socket::is_followed(fd) || !(libc::SHUT_RD..=libc::SHUT_RDWR).contains(&how) {
         // SAFETY: see above.
         return unsafe { real!(shutdown)(fd, how) };
     }
     let (read, write) = (how != libc::SHUT_WR, how != libc::SHUT_RD);
-    match socket::shutdown(fd, read, write) {
-        Outcome::Done(result) => args::answer(result.map(|n| n as usize)) as c_int,
+    match ours(|| socket::shutdown(fd, read, write)) {
+        Some(Outcome::Done(result)) => args::answer(result.map(|n| n as usize)) as c_int,
         // SAFETY: see above.
-        Outcome::Bypass => unsafe { real!(shutdown)(fd, how) },
+        _ => unsafe { real!(shutdown)(fd, how) },
     }
 } }
 
@@ -124,7 +127,7 @@ hook! { unsafe fn epoll_create(size: c_int) -> c_int => vs_epoll_create {
     // SAFETY: see above.
     let fd = unsafe { real!(epoll_create)(size) };
     if fd >= 0 {
-        epoll::created(fd);
+        ours(|| epoll::created(fd));
     }
     fd
 } }
@@ -133,7 +136,7 @@ hook! { unsafe fn epoll_create1(flags: c_int) -> c_int => vs_epoll_create1 {
     // SAFETY: see above.
     let fd = unsafe { real!(epoll_create1)(flags) };
     if fd >= 0 {
-        epoll::created(fd);
+        ours(|| epoll::created(fd));
     }
     fd
 } }

@@ -1,12 +1,13 @@
 //! `syscall(2)`: the numbers of the calls that have hooks are served as those; libuv and others make them so.
 
-use super::control::{self, Next};
+use super::control;
 use super::{exec as run, lifetime as life, readiness as ready, transfer as data};
+use crate::hook::{Held, Next};
 use libc::{c_int, c_long, c_uint, sigset_t};
-use vsocket_frontend::program::client;
+use vsocket_frontend::program::{client, socket};
 
 static SYSCALL: Next = Next::new(c"syscall");
-type Syscall = unsafe extern "C" fn(c_long, ...) -> c_long;
+type Syscall = unsafe extern "C-unwind" fn(c_long, ...) -> c_long;
 
 /// What `pselect6` is given in place of a signal mask.
 #[repr(C)]
@@ -17,7 +18,7 @@ struct Masked {
 
 /// `syscall(2)`. It takes as many arguments as the call with the most.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn syscall(
+pub unsafe extern "C-unwind" fn syscall(
     number: c_long,
     a: usize,
     b: usize,
@@ -28,13 +29,56 @@ pub unsafe extern "C" fn syscall(
 ) -> c_long {
     // SAFETY: the application's arguments, of the call that it names.
     unsafe {
-        if let Some(done) = served(number, [a, b, c, d, e, f]) {
-            return done;
+        let moves = moves_data(number);
+        if !moves || socket::is_followed(a as c_int) {
+            // The calls themselves are cancellation points; `syscall` is none.
+            let _held = (moves || waits(number)).then(Held::new);
+            if let Some(done) = served(number, [a, b, c, d, e, f]) {
+                return done;
+            }
         }
         // SAFETY: the symbol is syscall, of this type.
         let real: Syscall = std::mem::transmute(SYSCALL.get());
         real(number, a, b, c, d, e, f)
     }
+}
+
+/// Whether it is a call that moves data of the descriptor that it names first.
+fn moves_data(number: c_long) -> bool {
+    matches!(
+        number,
+        libc::SYS_read
+            | libc::SYS_write
+            | libc::SYS_readv
+            | libc::SYS_writev
+            | libc::SYS_recvfrom
+            | libc::SYS_sendto
+            | libc::SYS_recvmsg
+            | libc::SYS_sendmsg
+            | libc::SYS_recvmmsg
+            | libc::SYS_sendmmsg
+    )
+}
+
+/// Whether it waits for descriptors, or for a connection.
+fn waits(number: c_long) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if matches!(number, libc::SYS_poll | libc::SYS_select | libc::SYS_epoll_wait) {
+        return true;
+    }
+    matches!(
+        number,
+        libc::SYS_ppoll
+            | libc::SYS_pselect6
+            | libc::SYS_epoll_pwait
+            | libc::SYS_epoll_pwait2
+            | libc::SYS_connect
+            | libc::SYS_accept
+            | libc::SYS_accept4
+            | libc::SYS_splice
+            | libc::SYS_close
+            | libc::SYS_fcntl
+    )
 }
 
 /// A number with a hook; `None` for others.

@@ -1,8 +1,8 @@
 //! `dprintf` and `vdprintf`: libc writes by a symbol of its own that nobody can hook, so what is printed to a connection is
 //! made here and written by the hook.
 
-use super::control::Next;
 use super::transfer;
+use crate::hook::Next;
 use libc::{c_char, c_int, c_void};
 use vsocket_frontend::program::socket;
 
@@ -18,8 +18,8 @@ unsafe extern "C" {
 
 static VDPRINTF: Next = Next::new(c"vdprintf");
 static VDPRINTF_CHK: Next = Next::new(c"__vdprintf_chk");
-type Print = unsafe extern "C" fn(c_int, *const c_char, *mut c_void) -> c_int;
-type Checked = unsafe extern "C" fn(c_int, c_int, *const c_char, *mut c_void) -> c_int;
+type Print = unsafe extern "C-unwind" fn(c_int, *const c_char, *mut c_void) -> c_int;
+type Checked = unsafe extern "C-unwind" fn(c_int, c_int, *const c_char, *mut c_void) -> c_int;
 
 /// Writes all of what was made, of `len` bytes, and frees it.
 unsafe fn write_all(fd: c_int, text: *mut c_char, len: c_int) -> c_int {
@@ -47,7 +47,7 @@ unsafe fn write_all(fd: c_int, text: *mut c_char, len: c_int) -> c_int {
 
 /// `vdprintf(3)`. A `va_list` is passed by its address, on all processors that this library runs on.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn vdprintf(fd: c_int, format: *const c_char, arguments: *mut c_void) -> c_int {
+pub unsafe extern "C-unwind" fn vdprintf(fd: c_int, format: *const c_char, arguments: *mut c_void) -> c_int {
     // SAFETY: the application's format and arguments, handed on once; the symbol is vdprintf, of this type.
     unsafe {
         if !socket::is_followed(fd) {
@@ -62,7 +62,7 @@ pub unsafe extern "C" fn vdprintf(fd: c_int, format: *const c_char, arguments: *
 
 /// What `vdprintf` is in programs that are built with `_FORTIFY_SOURCE`.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn __vdprintf_chk(
+pub unsafe extern "C-unwind" fn __vdprintf_chk(
     fd: c_int,
     flag: c_int,
     format: *const c_char,

@@ -1,11 +1,12 @@
 //! Waiting for descriptors.
 
 use crate::args;
+use crate::hook::ours;
 use libc::{c_int, epoll_event, fd_set, nfds_t, pollfd, sigset_t, size_t, timespec, timeval};
 use rustix::event::Timespec;
 use rustix::io::Errno;
 use std::time::Duration;
-use vsocket_frontend::program::{Outcome, epoll, poll as polling};
+use vsocket_frontend::program::{Outcome, epoll, poll as polling, socket};
 
 // SAFETY, for every hook of this file: the arguments are the application's own, valid as the C function's contract says;
 // they are only handed on, or made into slices that end with the call.
@@ -36,9 +37,12 @@ unsafe fn serve_poll(
     let list = unsafe { std::slice::from_raw_parts_mut(fds, n as usize) };
     // SAFETY: the mask is the application's.
     let real = |l: &mut [pollfd], left| unsafe { real_ppoll(l, left, mask) };
-    match polling::poll(list, polling::deadline(timeout), real) {
-        Outcome::Done(result) => Some(args::answer(result) as c_int),
-        Outcome::Bypass => None,
+    if !polling::concerns(list) {
+        return None;
+    }
+    match ours(|| polling::poll(list, timeout, real)) {
+        Some(Outcome::Done(result)) => Some(args::answer(result) as c_int),
+        _ => None,
     }
 }
 
@@ -87,11 +91,14 @@ hook! { unsafe fn select(n: c_int, r: *mut fd_set, w: *mut fd_set, e: *mut fd_se
         }
         let micros = |t: &timeval| (t.tv_sec as u64).saturating_mul(1_000_000).saturating_add(t.tv_usec as u64);
         let timeout = limit.as_ref().map(|t| Duration::from_micros(micros(t)));
+        if !polling::concerns_sets(n, [r, w, e]) {
+            return real!(select)(n, r, w, e, limit);
+        }
         let deadline = polling::deadline(timeout);
         let real = |l: &mut [pollfd], left| real_ppoll(l, left, std::ptr::null());
-        match polling::select(n, [r, w, e], deadline, real) {
-            Outcome::Bypass => real!(select)(n, r, w, e, limit),
-            Outcome::Done(result) => {
+        match ours(|| polling::select(n, [r, w, e], timeout, real)) {
+            None | Some(Outcome::Bypass) => real!(select)(n, r, w, e, limit),
+            Some(Outcome::Done(result)) => {
                 if let (Some(limit), Some(deadline)) = (limit.as_mut(), deadline) {
                     // As Linux does: the time that was left.
                     let left = deadline.saturating_duration_since(std::time::Instant::now());
@@ -107,11 +114,14 @@ hook! { unsafe fn select(n: c_int, r: *mut fd_set, w: *mut fd_set, e: *mut fd_se
 hook! { unsafe fn pselect(n: c_int, r: *mut fd_set, w: *mut fd_set, e: *mut fd_set, limit: *const timespec, mask: *const sigset_t) -> c_int => vs_pselect {
     // SAFETY: see above.
     unsafe {
-        let Ok(timeout) = args::timespec(limit) else { return real!(pselect)(n, r, w, e, limit, mask) };
+        let timeout = args::timespec(limit);
+        let Some(timeout) = timeout.ok().filter(|_| polling::concerns_sets(n, [r, w, e])) else {
+            return real!(pselect)(n, r, w, e, limit, mask);
+        };
         let real = |l: &mut [pollfd], left| real_ppoll(l, left, mask);
-        match polling::select(n, [r, w, e], polling::deadline(timeout), real) {
-            Outcome::Bypass => real!(pselect)(n, r, w, e, limit, mask),
-            Outcome::Done(result) => args::answer(result) as c_int,
+        match ours(|| polling::select(n, [r, w, e], timeout, real)) {
+            None | Some(Outcome::Bypass) => real!(pselect)(n, r, w, e, limit, mask),
+            Some(Outcome::Done(result)) => args::answer(result) as c_int,
         }
     }
 } }
@@ -119,10 +129,13 @@ hook! { unsafe fn pselect(n: c_int, r: *mut fd_set, w: *mut fd_set, e: *mut fd_s
 hook! { unsafe fn epoll_ctl(set: c_int, op: c_int, fd: c_int, event: *mut epoll_event) -> c_int => vs_epoll_ctl {
     // SAFETY: see above.
     unsafe {
+        if !socket::is_followed(fd) {
+            return real!(epoll_ctl)(set, op, fd, event);
+        }
         let asked = event.as_ref().map(|e| (e.events, e.u64));
-        match epoll::ctl(set, op, fd, asked) {
-            Outcome::Done(result) => args::answer(result.map(|n| n as usize)) as c_int,
-            Outcome::Bypass => real!(epoll_ctl)(set, op, fd, event),
+        match ours(|| epoll::ctl(set, op, fd, asked)) {
+            Some(Outcome::Done(result)) => args::answer(result.map(|n| n as usize)) as c_int,
+            _ => real!(epoll_ctl)(set, op, fd, event),
         }
     }
 } }
@@ -149,16 +162,16 @@ unsafe fn serve_wait(
     timeout: Option<Duration>,
     mask: *const sigset_t,
 ) -> Option<c_int> {
-    if out.is_null() || n <= 0 {
+    if out.is_null() || n <= 0 || !epoll::concerns(set) {
         return None;
     }
     // SAFETY: the application promises room for `n` events.
     let list = unsafe { std::slice::from_raw_parts_mut(out, n as usize) };
     // SAFETY: the mask is the application's.
     let real = |l: &mut [epoll_event], left| unsafe { real_epoll(set, l, left, mask) };
-    match epoll::wait(set, list, timeout, real) {
-        Outcome::Done(result) => Some(args::answer(result) as c_int),
-        Outcome::Bypass => None,
+    match ours(|| epoll::wait(set, list, timeout, real)) {
+        Some(Outcome::Done(result)) => Some(args::answer(result) as c_int),
+        _ => None,
     }
 }
 

@@ -2,6 +2,7 @@
 //! connection that has its object already gets a stream of hooks; another stays on TCP.
 
 use super::{lifetime, transfer};
+use crate::hook::ours;
 use libc::{FILE, c_char, c_int, c_void, off64_t, size_t, ssize_t};
 use vsocket_frontend::program::socket;
 
@@ -9,10 +10,10 @@ use vsocket_frontend::program::socket;
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Functions {
-    read: unsafe extern "C" fn(*mut c_void, *mut c_char, size_t) -> ssize_t,
-    write: unsafe extern "C" fn(*mut c_void, *const c_char, size_t) -> ssize_t,
-    seek: Option<unsafe extern "C" fn(*mut c_void, *mut off64_t, c_int) -> c_int>,
-    close: unsafe extern "C" fn(*mut c_void) -> c_int,
+    read: unsafe extern "C-unwind" fn(*mut c_void, *mut c_char, size_t) -> ssize_t,
+    write: unsafe extern "C-unwind" fn(*mut c_void, *const c_char, size_t) -> ssize_t,
+    seek: Option<unsafe extern "C-unwind" fn(*mut c_void, *mut off64_t, c_int) -> c_int>,
+    close: unsafe extern "C-unwind" fn(*mut c_void) -> c_int,
 }
 
 unsafe extern "C" {
@@ -27,12 +28,12 @@ fn fd_of(cookie: *mut c_void) -> c_int {
     cookie.addr() as c_int
 }
 
-unsafe extern "C" fn read(cookie: *mut c_void, buf: *mut c_char, n: size_t) -> ssize_t {
+unsafe extern "C-unwind" fn read(cookie: *mut c_void, buf: *mut c_char, n: size_t) -> ssize_t {
     // SAFETY: libc's buffer of `n` bytes.
     unsafe { transfer::vs_read(fd_of(cookie), buf.cast(), n) }
 }
 
-unsafe extern "C" fn write(cookie: *mut c_void, buf: *const c_char, n: size_t) -> ssize_t {
+unsafe extern "C-unwind" fn write(cookie: *mut c_void, buf: *const c_char, n: size_t) -> ssize_t {
     let mut done = 0;
     while done < n {
         // SAFETY: libc's buffer of `n` bytes.
@@ -46,14 +47,13 @@ unsafe extern "C" fn write(cookie: *mut c_void, buf: *const c_char, n: size_t) -
     done as ssize_t
 }
 
-unsafe extern "C" fn close(cookie: *mut c_void) -> c_int {
+unsafe extern "C-unwind" fn close(cookie: *mut c_void) -> c_int {
     // SAFETY: the stream's own descriptor.
     unsafe { lifetime::vs_close(fd_of(cookie)) }
 }
 
 hook! { unsafe fn fdopen(fd: c_int, mode: *const c_char) -> *mut FILE => vs_fdopen {
-    if socket::held(fd).is_none() {
-        socket::leave_alone(fd);
+    if !ours(|| socket::held(fd).is_some() || { socket::leave_alone(fd); false }).unwrap_or(false) {
         // SAFETY: the application's arguments, handed on.
         return unsafe { real!(fdopen)(fd, mode) };
     }

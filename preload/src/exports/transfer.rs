@@ -1,6 +1,7 @@
 //! Sending and receiving.
 
 use crate::args;
+use crate::hook::ours;
 use libc::{
     c_int, c_uint, c_void, iovec, mmsghdr, msghdr, off_t, size_t, sockaddr, socklen_t, ssize_t, timespec,
 };
@@ -8,28 +9,50 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use vsocket_frontend::program::pipes;
 use vsocket_frontend::program::socket::{self, Route};
+use vsocket_frontend::program::table::Slot;
 
 /// Whether a receiving call with these flags takes bytes of the stream.
 fn counts(flags: c_int) -> bool {
     flags & (libc::MSG_PEEK | libc::MSG_OOB | libc::MSG_ERRQUEUE) == 0
 }
 
+/// Makes the real call on a counted descriptor; if the thread is cancelled in it, it has left the kernel all the same.
+macro_rules! counted {
+    ($inside:ident, $real:expr) => {
+        if $inside.is_alone() {
+            $real
+        } else {
+            let mut cleanup = Cleanup::new();
+            cleanup.push($inside.slot());
+            let n = $real;
+            cleanup.pop();
+            n
+        }
+    };
+}
+
 /// Serves a receiving call, or makes the real one and counts it.
 macro_rules! receive {
     ($fd:expr, $flags:expr, $bufs:expr, $real:expr) => {
-        match socket::receiving($fd, RecvFlags::from_bits_retain($flags as c_uint)) {
-            Err(error) => args::answer(Err(error)),
-            Ok(Route::Kernel) => $real,
-            // Urgent bytes and completions of sends are queues of the kernel's own, whatever lane the stream is on.
-            Ok(Route::Served(_)) if $flags & (libc::MSG_ERRQUEUE | libc::MSG_OOB) != 0 => $real,
-            Ok(Route::Counted(inside)) => {
-                let n = $real;
-                inside.returned(if counts($flags) { n } else { 0 });
-                n
-            }
-            Ok(Route::Served(slot)) => {
-                let flags = RecvFlags::from_bits_retain($flags as c_uint);
-                args::answer($bufs.and_then(|bufs| socket::recv($fd, slot, bufs, flags)))
+        if !socket::is_followed($fd) {
+            $real
+        } else {
+            let route = ours(|| socket::receiving($fd, RecvFlags::from_bits_retain($flags as c_uint)));
+            match route.unwrap_or(Ok(Route::Kernel)) {
+                Err(error) => args::answer(Err(error)),
+                Ok(Route::Kernel) => $real,
+                // Urgent bytes and completions of sends are queues of the kernel's own, whatever lane the stream is on.
+                Ok(Route::Served(_)) if $flags & (libc::MSG_ERRQUEUE | libc::MSG_OOB) != 0 => $real,
+                Ok(Route::Counted(inside)) => {
+                    let n = counted!(inside, $real);
+                    ours(|| inside.returned(if counts($flags) { n } else { 0 }));
+                    n
+                }
+                Ok(Route::Served(slot)) => {
+                    let flags = RecvFlags::from_bits_retain($flags as c_uint);
+                    let served = ours(|| args::answer($bufs.and_then(|bufs| socket::recv($fd, slot, bufs, flags))));
+                    served.unwrap_or_else(|| $real)
+                }
             }
         }
     };
@@ -45,20 +68,65 @@ macro_rules! input {
 /// Serves a sending call, or makes the real one and counts it.
 macro_rules! transmit {
     ($fd:expr, $flags:expr, $bufs:expr, $real:expr) => {
-        match socket::sending($fd) {
-            Route::Kernel => $real,
-            Route::Counted(inside) => {
-                let n = $real;
-                inside.returned(n);
-                n
-            }
-            Route::Served(slot) => {
-                let flags = SendFlags::from_bits_retain($flags as c_uint);
-                let quiet = $flags & libc::MSG_NOSIGNAL != 0;
-                args::sent($bufs.and_then(|bufs| socket::send($fd, slot, bufs, flags)), quiet)
+        if !socket::is_followed($fd) {
+            $real
+        } else {
+            match ours(|| socket::sending($fd)).unwrap_or(Route::Kernel) {
+                Route::Kernel => $real,
+                Route::Counted(inside) => {
+                    let n = counted!(inside, $real);
+                    ours(|| inside.returned(n));
+                    n
+                }
+                Route::Served(slot) => {
+                    let flags = SendFlags::from_bits_retain($flags as c_uint);
+                    let quiet = $flags & libc::MSG_NOSIGNAL != 0;
+                    let served = ours(|| {
+                        args::sent($bufs.and_then(|bufs| socket::send($fd, slot, bufs, flags)), quiet)
+                    });
+                    served.unwrap_or_else(|| $real)
+                }
             }
         }
     };
+}
+
+/// What libc runs when a thread is cancelled, or ends, in a frame that stands below this: its `_pthread_cleanup_buffer`.
+#[repr(C)]
+struct Cleanup {
+    routine: Option<extern "C" fn(*mut c_void)>,
+    argument: *mut c_void,
+    kind: c_int,
+    previous: *mut c_void,
+}
+
+unsafe extern "C" {
+    fn _pthread_cleanup_push(place: *mut Cleanup, routine: extern "C" fn(*mut c_void), argument: *mut c_void);
+    fn _pthread_cleanup_pop(place: *mut Cleanup, execute: c_int);
+}
+
+extern "C" fn left(slot: *mut c_void) {
+    // SAFETY: of the table, which lives as long as the process.
+    unsafe { &*slot.cast::<Slot>() }.leave();
+}
+
+impl Cleanup {
+    fn new() -> Self {
+        let null = std::ptr::null_mut();
+        Self { routine: None, argument: null, kind: 0, previous: null }
+    }
+
+    /// From now on the slot is left in such a case. The caller pops it before its frame ends.
+    fn push(&mut self, slot: &'static Slot) {
+        let slot = std::ptr::from_ref(slot).cast_mut().cast();
+        // SAFETY: the place is in the caller's frame until it is popped, or that frame is unwound, when libc runs it.
+        unsafe { _pthread_cleanup_push(self, left, slot) };
+    }
+
+    fn pop(&mut self) {
+        // SAFETY: pushed by the same frame, the last that was.
+        unsafe { _pthread_cleanup_pop(self, 0) };
+    }
 }
 
 // SAFETY, for every hook of this file: the arguments are the application's own, valid as the C function's contract says;
@@ -156,7 +224,7 @@ hook! { unsafe fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t 
             (*msg).msg_controllen = 0;
             (*msg).msg_flags = 0;
         } else if got >= 0 && (*msg).msg_controllen > 0 {
-            args::each_passed(msg, socket::passed);
+            ours(|| args::each_passed(msg, socket::passed));
         }
         got
     }
@@ -322,11 +390,14 @@ unsafe fn send_piece(out: c_int, input: c_int, offset: *mut off_t, count: size_t
 hook! { unsafe fn sendfile(out: c_int, input: c_int, offset: *mut off_t, count: size_t) -> ssize_t => vs_sendfile {
     // SAFETY: see above.
     unsafe {
-        match socket::sending(out) {
+        if !socket::is_followed(out) {
+            return real!(sendfile)(out, input, offset, count);
+        }
+        match ours(|| socket::sending(out)).unwrap_or(Route::Kernel) {
             Route::Kernel => real!(sendfile)(out, input, offset, count),
             Route::Counted(inside) => {
-                let n = real!(sendfile)(out, input, offset, count);
-                inside.returned(n);
+                let n = counted!(inside, real!(sendfile)(out, input, offset, count));
+                ours(|| inside.returned(n));
                 n
             }
             Route::Served(_) => send_file(out, input, offset, count),
@@ -345,17 +416,22 @@ hook! { unsafe fn splice(from: c_int, from_at: *mut off_t, to: c_int, to_at: *mu
         if !from_at.is_null() || !to_at.is_null() || flags & !SPLICE_FLAGS != 0 || n == 0 {
             return real!(splice)(from, from_at, to, to_at, n, flags);
         }
+        if !socket::is_followed(from) && !socket::is_followed(to) {
+            return real!(splice)(from, from_at, to, to_at, n, flags);
+        }
         let wait = flags & libc::SPLICE_F_NONBLOCK == 0;
         let (socket, direction) = if socket::is_followed(to) { (to, socket::sending as fn(c_int) -> Route) } else { (from, socket::splicing as fn(c_int) -> Route) };
-        match direction(socket) {
+        match ours(|| direction(socket)).unwrap_or(Route::Kernel) {
             Route::Kernel => real!(splice)(from, from_at, to, to_at, n, flags),
             Route::Counted(inside) => {
-                let n = real!(splice)(from, from_at, to, to_at, n, flags);
-                inside.returned(n);
+                let n = counted!(inside, real!(splice)(from, from_at, to, to_at, n, flags));
+                ours(|| inside.returned(n));
                 n
             }
-            Route::Served(slot) if socket == to => args::sent(pipes::to_socket(from, to, slot, n, wait), false),
-            Route::Served(slot) => args::answer(pipes::from_socket(from, slot, to, n, wait)),
+            Route::Served(slot) if socket == to => {
+                ours(|| args::sent(pipes::to_socket(from, to, slot, n, wait), false)).unwrap_or(-1)
+            }
+            Route::Served(slot) => ours(|| args::answer(pipes::from_socket(from, slot, to, n, wait))).unwrap_or(-1),
         }
     }
 } }

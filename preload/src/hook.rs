@@ -1,0 +1,105 @@
+//! What every hook is made of: the symbol, the next function of its name, and the part between them that is ours.
+//!
+//! The real call is made in frames that hold nothing: a thread that is cancelled in it unwinds through them as through C's, and
+//! neither a guard nor a lock is left behind. What is ours is done before and after, in [`ours`].
+
+use libc::{c_int, c_void};
+use std::ffi::CStr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicPtr, Ordering};
+
+/// The next function of a name, found once.
+pub struct Next(AtomicPtr<c_void>, &'static CStr);
+
+impl Next {
+    /// The function of this name.
+    pub const fn new(name: &'static CStr) -> Self {
+        Self(AtomicPtr::new(std::ptr::null_mut()), name)
+    }
+
+    /// Where it is.
+    #[inline]
+    pub fn get(&self) -> *mut c_void {
+        let known = self.0.load(Ordering::Relaxed);
+        if known.is_null() { self.find() } else { known }
+    }
+
+    #[cold]
+    fn find(&self) -> *mut c_void {
+        // SAFETY: a look-up by a valid name; the result is a function of libc, which is never unloaded.
+        let found = unsafe { libc::dlsym(libc::RTLD_NEXT, self.1.as_ptr()) };
+        self.0.store(found, Ordering::Relaxed);
+        found
+    }
+}
+
+unsafe extern "C" {
+    fn pthread_setcancelstate(state: c_int, before: *mut c_int) -> c_int;
+}
+
+/// `PTHREAD_CANCEL_DISABLE`.
+const DISABLE: c_int = 1;
+
+/// While it lives, this thread is not cancelled.
+pub struct Held(c_int);
+
+impl Held {
+    /// From now on.
+    pub fn new() -> Self {
+        let mut before = 0;
+        // SAFETY: a valid state, and a place of our own.
+        unsafe { pthread_setcancelstate(DISABLE, &raw mut before) };
+        Self(before)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // SAFETY: the state that there was; the old one is not asked for.
+        unsafe { pthread_setcancelstate(self.0, std::ptr::null_mut()) };
+    }
+}
+
+/// Runs a part of a hook that is ours. No cancellation unwinds through it. `None` if it panicked: then the call is the kernel's.
+pub fn ours<T>(f: impl FnOnce() -> T) -> Option<T> {
+    let _held = Held::new();
+    catch_unwind(AssertUnwindSafe(f)).ok()
+}
+
+/// Defines a hook: the symbol, a function of this library's that is called for it, and `real!` for the next of its name.
+macro_rules! hook {
+    (unsafe fn $name:ident ( $($v:ident : $t:ty),* ) -> $r:ty => $hook:ident $body:block) => {
+        // One that is served as another of the same meaning has no real function.
+        #[allow(dead_code, unused_imports)]
+        mod $name {
+            use super::*;
+            static NEXT: $crate::hook::Next =
+                match std::ffi::CStr::from_bytes_with_nul(concat!(stringify!($name), "\0").as_bytes()) {
+                    Ok(name) => $crate::hook::Next::new(name),
+                    Err(_) => unreachable!(),
+                };
+
+            #[inline]
+            pub fn real() -> unsafe extern "C-unwind" fn($($t),*) -> $r {
+                // SAFETY: the symbol is a function of this type.
+                unsafe { std::mem::transmute(NEXT.get()) }
+            }
+
+            #[unsafe(no_mangle)]
+            pub unsafe extern "C-unwind" fn $name($($v: $t),*) -> $r {
+                // SAFETY: the application's arguments, handed on.
+                unsafe { super::$hook($($v),*) }
+            }
+        }
+
+        #[inline]
+        pub unsafe fn $hook($($v: $t),*) -> $r $body
+    };
+}
+
+/// The function that a hook stands before.
+macro_rules! real {
+    ($name:ident) => {
+        $name::real()
+    };
+}
