@@ -264,12 +264,15 @@ messages! {
         /// Which record.
         record: u32,
     }
-    /// Whoever is about to execute a program → agent: it will inherit this connection, whose descriptor is beside it.
-    /// Answered by `Declined` (with `handle` as the connection) when it is on TCP, where it stays, or could not be brought
-    /// there. No `Attach` is needed before.
+    /// Whoever has the connection, whose descriptor is beside it → agent: from now on others are to find all of it in the
+    /// kernel's socket, as a program that is executed, or a process that it is passed to. Answered by `Declined` (with
+    /// `handle` as the connection) when it is on TCP, where it stays, or could not be brought there. No `Attach` is needed
+    /// before.
     Parted = 27 {
         /// The sender's number for it, returned in the answer.
         handle: u64,
+        /// Why: one that [`Reason::is_whole`].
+        reason: Reason,
     }
     /// Tool → daemon: what a person asks; answered by `Reply`.
     Query = 30 {

@@ -81,6 +81,20 @@ reasons! {
     GuestPaused = 27, "guest-paused";
     /// A program that was executed inherits it, and knows of no lane.
     Inherited = 28, "inherited";
+    /// It was passed to a process (`SCM_RIGHTS`), which may know of no lane.
+    Passed = 29, "passed";
+    /// Its program uses `io_uring`, whose calls nobody sees.
+    IoUring = 30, "io-uring";
+    /// Its program uses asynchronous I/O (AIO), whose calls nobody sees.
+    Aio = 31, "aio";
+}
+
+impl Reason {
+    /// Whether the connection goes back to TCP whole, for good: with what was not received of a ring, as somebody is to find all
+    /// of it in the kernel's socket.
+    pub fn is_whole(self) -> bool {
+        matches!(self, Self::Inherited | Self::Passed | Self::IoUring | Self::Aio)
+    }
 }
 
 #[cfg(all(test, not(loom)))]

@@ -515,8 +515,8 @@ fn an_inherited_connection_comes_back_with_what_was_not_received() {
         assert_eq!(receive(stay.near(&program), received).unwrap(), pattern(300)[..received]);
         send(stay.near(&program), &pattern(50));
         let stranger = Carrier::connect(&guest.socket()).unwrap();
-        stranger.send(&Message::Parted { handle: 9 }, &[stay.a.as_fd()]).unwrap();
         let (conn, reason) = (stay.conn, Reason::Inherited);
+        stranger.send(&Message::Parted { handle: 9, reason }, &[stay.a.as_fd()]).unwrap();
         assert_eq!(backend.message(), Message::Withdraw { conn, generation: 1, reason });
         nothing(&stranger, Duration::from_millis(50));
         // As the far agent does when it hears of it. On a fabric lane the backend has told it what was taken, and that the

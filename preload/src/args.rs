@@ -120,16 +120,21 @@ pub unsafe fn length(iov: *const iovec, count: c_int) -> usize {
     list.iter().fold(0, |sum, one| sum.saturating_add(one.iov_len))
 }
 
-/// Every descriptor that came with a message (`SCM_RIGHTS`).
+/// Every descriptor that is in a message's control data (`SCM_RIGHTS`).
 ///
 /// # Safety
 ///
-/// `msg` was received just now.
-pub unsafe fn each_passed(msg: *const libc::msghdr, f: impl Fn(c_int)) {
-    // SAFETY: the kernel has stored whole headers, as many as it says.
+/// The message's control data are valid for reads.
+pub unsafe fn each_passed(msg: *const libc::msghdr, mut f: impl FnMut(c_int)) {
+    // SAFETY: headers and descriptors within the control data, as long as the message says that these are.
     unsafe {
+        let end = (*msg).msg_control.addr().saturating_add((*msg).msg_controllen);
         let mut head = libc::CMSG_FIRSTHDR(msg);
         while let Some(one) = head.as_ref() {
+            if one.cmsg_len > end.saturating_sub(head.addr()) {
+                // Longer than what it is in: the kernel refuses such a message.
+                return;
+            }
             if (one.cmsg_level, one.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
                 let data = libc::CMSG_DATA(head).cast::<c_int>();
                 let room = one.cmsg_len.saturating_sub(libc::CMSG_LEN(0) as usize);
@@ -213,6 +218,26 @@ mod tests {
             assert_eq!(timespec(&raw const bad), Err(Errno::INVAL));
             assert_eq!(timespec(std::ptr::null()), Ok(None));
         }
+    }
+
+    #[test]
+    fn descriptors_of_a_message_end_with_its_control_data() {
+        let (mut control, mut found) = ([0u64; 8], Vec::new());
+        // SAFETY: zero is a message of nothing; the control data outlive it, and have room for a header and 4 descriptors.
+        unsafe {
+            let mut message: libc::msghdr = std::mem::zeroed();
+            (message.msg_control, message.msg_controllen) =
+                (control.as_mut_ptr().cast(), libc::CMSG_LEN(8) as usize);
+            let head = libc::CMSG_FIRSTHDR(&raw const message);
+            (*head).cmsg_level = libc::SOL_SOCKET;
+            (*head).cmsg_type = libc::SCM_RIGHTS;
+            (0..4).for_each(|n| libc::CMSG_DATA(head).cast::<c_int>().add(n).write_unaligned(n as c_int + 5));
+            for claimed in [libc::CMSG_LEN(4) as usize, libc::CMSG_LEN(8) as usize, usize::MAX] {
+                (*head).cmsg_len = claimed;
+                each_passed(&raw const message, |fd| found.push(fd));
+            }
+        }
+        assert_eq!(found, [5, 5, 6], "nothing of one that is longer than the control data");
     }
 
     #[test]

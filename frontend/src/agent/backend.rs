@@ -245,8 +245,8 @@ impl Agent {
 
     pub(super) fn withdraw(&mut self, conn: u64, generation: Option<u32>, reason: Reason) {
         let now = self.now;
-        if let (Reason::Inherited, Some(generation), Some(of)) =
-            (reason, generation, self.registry.conns.get(&conn))
+        if let (true, Some(generation), Some(of)) =
+            (reason.is_whole(), generation, self.registry.conns.get(&conn))
         {
             // The far end is to find on the anchor what its application has not taken.
             if let Some(record) = self.registry.record(of) {

@@ -94,8 +94,8 @@ pub enum Act {
     Leave(u32),
     /// Tell the backend `Left`.
     TellLeft(u32),
-    /// Tell the backend that this generation is to be left by both ends, because the connection is inherited.
-    Part(u32),
+    /// Tell the backend that this generation is to be left by both ends, because the connection goes back whole.
+    Part(u32, Reason),
 }
 
 /// The course of one connection.
@@ -310,20 +310,20 @@ impl Course {
         (self.session == session && session != 0).then_some(Act::TellLeft(generation))
     }
 
-    /// A program that knows of no lane inherits it: it is never opened again.
-    pub fn part(&mut self, now: Instant) -> Option<Act> {
+    /// Others are to find all of it in the kernel's socket: it is never opened again.
+    pub fn part(&mut self, reason: Reason, now: Instant) -> Option<Act> {
         self.spent = true;
-        self.reason = Some(Reason::Inherited);
+        self.reason = Some(reason);
         match self.stage {
             Stage::Idle | Stage::Opened | Stage::Leaving { .. } => None,
             Stage::Preparing { generation, .. } => {
                 self.stage = Stage::Idle;
-                Some(Act::TellRefused(generation, Reason::Inherited))
+                Some(Act::TellRefused(generation, reason))
             }
             Stage::Prepared { generation } | Stage::Committed { generation, .. } => {
                 self.forget_failures(now);
                 self.stage = Stage::Leaving { generation };
-                Some(Act::Part(generation))
+                Some(Act::Part(generation, reason))
             }
         }
     }
@@ -527,14 +527,14 @@ mod tests {
     fn what_is_inherited_leaves_its_lane_for_good() {
         let now = Instant::now();
         let mut course = committed(now, Lane::Direct);
-        assert_eq!(course.part(now), Some(Act::Part(3)));
-        assert_eq!(course.part(now), None, "once");
+        assert_eq!(course.part(Reason::Passed, now), Some(Act::Part(3, Reason::Passed)));
+        assert_eq!(course.part(Reason::Passed, now), None, "once");
         assert_eq!(course.handle_left(1, now), Some(Act::TellLeft(3)));
-        assert_eq!((course.due(), course.reason()), (None, Some(Reason::Inherited)));
+        assert_eq!((course.due(), course.reason()), (None, Some(Reason::Passed)));
         let mut course = Course::new(now);
         course.open(1, now);
         course.handle_prepare(1, Lane::Direct, 1).unwrap();
-        assert_eq!(course.part(now), Some(Act::TellRefused(1, Reason::Inherited)));
+        assert_eq!(course.part(Reason::Inherited, now), Some(Act::TellRefused(1, Reason::Inherited)));
         assert_eq!(course.handle_prepared(1), None);
         assert_eq!(course.handle_prepare(2, Lane::Direct, 1), Err(Reason::Inherited));
     }

@@ -1,12 +1,13 @@
-//! Connections that an executed program inherits. It knows of no lane, so they go back to TCP, for good, before it begins: all
-//! that was sent is in the kernel's sockets, and all that was not received comes there. Then the agent keeps nothing of them.
+//! Connections that others are to find whole in the kernel's socket, as an executed program that inherits them, or a process
+//! that they are passed to: it may know of no lane. They go back to TCP, for good, before: all that was sent is in the kernel's
+//! sockets, and all that was not received comes there. Then the agent keeps nothing of them.
 
 use super::{Agent, Timer};
 use crate::endpoint::Return;
 use crate::post::Parcel;
 use rustix::fd::OwnedFd;
 use rustix::net::sockopt::socket_cookie;
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 use tracing::debug;
 use vsocket_channel::message::Message;
@@ -26,52 +27,53 @@ const REMEMBERED: usize = 1 << 16;
 pub struct Parting {
     /// Who waits for it, and under which number.
     asked: Vec<(u64, u64)>,
+    reason: Reason,
     since: Instant,
     look: Instant,
 }
 
-/// Sockets that executed programs have inherited, by their cookies: the last of them.
+/// Sockets that others may have, by their cookies, and why: the last of them.
 #[derive(Debug, Default)]
-pub struct Inherited {
-    cookies: HashSet<u64>,
+pub struct Given {
+    reasons: HashMap<u64, Reason>,
     order: VecDeque<u64>,
 }
 
-impl Inherited {
-    /// Whether this is one.
-    pub fn contains(&self, cookie: u64) -> bool {
-        self.cookies.contains(&cookie)
+impl Given {
+    /// Why this one is never opened, if it is one.
+    pub fn reason(&self, cookie: u64) -> Option<Reason> {
+        self.reasons.get(&cookie).copied()
     }
 
-    fn insert(&mut self, cookie: u64) {
-        if self.cookies.insert(cookie) {
+    fn insert(&mut self, cookie: u64, reason: Reason) {
+        if self.reasons.insert(cookie, reason).is_none() {
             self.order.push_back(cookie);
         }
         if self.order.len() > REMEMBERED {
             let oldest = self.order.pop_front();
-            oldest.map(|cookie| self.cookies.remove(&cookie));
+            oldest.map(|cookie| self.reasons.remove(&cookie));
         }
     }
 }
 
 impl Agent {
-    /// Somebody is about to execute a program that inherits this connection.
-    pub(super) fn handle_parted(&mut self, from: u64, handle: u64, fd: &OwnedFd) {
-        let Ok(cookie) = socket_cookie(fd) else { return self.answer_parted(from, handle) };
-        self.registry.inherited.insert(cookie);
+    /// Somebody is about to let others have this connection.
+    pub(super) fn handle_parted(&mut self, from: u64, handle: u64, reason: Reason, fd: &OwnedFd) {
+        let Ok(cookie) = socket_cookie(fd) else { return self.answer_parted(from, handle, reason) };
+        self.registry.given.insert(cookie, reason);
         let id = self.registry.cookies.get(&cookie).copied();
         let conn = id.and_then(|id| Some((id, self.registry.conns.get_mut(&id)?)));
         let Some((id, conn)) = conn.filter(|(_, c)| !c.parted && c.ending.is_none()) else {
-            return self.answer_parted(from, handle);
+            return self.answer_parted(from, handle, reason);
         };
         if let Some(parting) = &mut conn.parting {
             return parting.asked.push((from, handle));
         }
-        debug!(conn = id, "is inherited");
+        debug!(conn = id, reason = reason.name(), "goes back whole");
         let (since, look) = (self.now, self.now);
-        conn.parting = Some(Parting { asked: vec![(from, handle)], since, look });
+        conn.parting = Some(Parting { asked: vec![(from, handle)], reason, since, look });
         let unanswered = conn.asked.take().and_then(|_| conn.course.generation());
-        if let Some(act) = conn.course.part(self.now) {
+        if let Some(act) = conn.course.part(reason, self.now) {
             self.act(id, act);
         }
         if let Some(generation) = unanswered {
@@ -82,8 +84,8 @@ impl Agent {
         self.go_on_parting(id);
     }
 
-    fn answer_parted(&mut self, from: u64, handle: u64) {
-        let answer = Message::Declined { conn: handle, reason: Reason::Inherited };
+    fn answer_parted(&mut self, from: u64, handle: u64, reason: Reason) {
+        let answer = Message::Declined { conn: handle, reason };
         self.tell_holder(from, answer, Parcel::new());
     }
 
@@ -117,15 +119,15 @@ impl Agent {
 
     pub(super) fn end_parting(&mut self, id: u64, stuck: bool) {
         let Some(conn) = self.registry.conns.get_mut(&id) else { return };
-        let asked = conn.parting.take().map(|parting| parting.asked).unwrap_or_default();
+        let parting = conn.parting.take();
         conn.parted = true;
         if stuck {
             self.registry.totals.drop("inherited-on-lane");
         }
         self.unwatch(id);
         self.nudge(id);
-        for (from, handle) in asked {
-            self.answer_parted(from, handle);
+        if let Some(Parting { asked, reason, .. }) = parting {
+            asked.into_iter().for_each(|(from, handle)| self.answer_parted(from, handle, reason));
         }
         if stuck {
             // What can be left is; its program reads the rest.
@@ -153,11 +155,12 @@ mod tests {
 
     #[test]
     fn the_last_are_remembered() {
-        let mut inherited = Inherited::default();
+        let mut given = Given::default();
         for cookie in 0..=REMEMBERED as u64 {
-            inherited.insert(cookie);
-            inherited.insert(cookie);
+            given.insert(cookie, Reason::Inherited);
+            given.insert(cookie, Reason::Passed);
         }
-        assert!(!inherited.contains(0) && inherited.contains(1) && inherited.contains(REMEMBERED as u64));
+        let [first, second, last] = [0, 1, REMEMBERED as u64].map(|cookie| given.reason(cookie));
+        assert_eq!((first, second, last), (None, Some(Reason::Passed), Some(Reason::Passed)));
     }
 }

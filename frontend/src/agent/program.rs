@@ -92,9 +92,9 @@ impl Agent {
                 self.handle_query(from, what);
                 Ok(())
             }
-            (Message::Parted { handle }, _) => {
+            (Message::Parted { handle, reason }, _) if reason.is_whole() => {
                 let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| Unexpected("parted-descriptors"))?;
-                self.handle_parted(from, handle, &fd);
+                self.handle_parted(from, handle, reason, &fd);
                 Ok(())
             }
             (Message::Attach { inherit, .. }, None) => self.attach(from, inherit),
@@ -251,8 +251,8 @@ impl Agent {
             return Err(Reason::Untrackable);
         }
         let cookie = socket_cookie(fd).map_err(|_| Reason::NotEstablished)?;
-        if self.registry.inherited.contains(cookie) {
-            return Err(Reason::Inherited);
+        if let Some(reason) = self.registry.given.reason(cookie) {
+            return Err(reason);
         }
         if self.registry.cookies.contains_key(&cookie) { Err(Reason::TupleTaken) } else { Ok(cookie) }
     }
@@ -369,8 +369,7 @@ impl Agent {
                 self.tell_backend(Message::Refused { conn: id, generation, reason });
             }
             Act::TellLeft(generation) => self.tell_backend(Message::Left { conn: id, generation }),
-            Act::Part(generation) => {
-                let reason = Reason::Inherited;
+            Act::Part(generation, reason) => {
                 self.tell_backend(Message::Withdraw { conn: id, generation, reason });
             }
             Act::Ready(generation) => {

@@ -3,7 +3,7 @@
 
 use super::course::{Course, Stage};
 use super::ending::Ending;
-use super::parting::{Inherited, Parting};
+use super::parting::{Given, Parting};
 use crate::endpoint::Endpoint;
 use crate::lane::Violation;
 use crate::memory::{Bound, Records, Ringers, Slab};
@@ -239,8 +239,8 @@ pub struct Registry {
     pub conns: HashMap<u64, Conn>,
     /// Sockets that are tracked, by their cookie.
     pub cookies: HashMap<u64, u64>,
-    /// Sockets that executed programs have inherited.
-    pub inherited: Inherited,
+    /// Sockets that others may have.
+    pub given: Given,
     /// Totals since start.
     pub totals: Totals,
     last: u64,

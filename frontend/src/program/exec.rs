@@ -14,6 +14,7 @@ use rustix::io::FdFlags;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use vsocket_channel::message::Message;
+use vsocket_channel::reason::Reason;
 
 /// How long an execution waits; the agent gives up before that.
 const MOST: Duration = Duration::from_secs(2);
@@ -40,7 +41,7 @@ pub fn before(actions: &[Action]) {
     let open: BTreeMap<i32, bool> = descriptors().into_iter().filter(|(fd, _)| ours(fd)).collect();
     let inherited: Vec<i32> = inherited(open, actions).into_iter().filter(|fd| is_connection(*fd)).collect();
     if !inherited.is_empty() {
-        hand_over(&inherited);
+        hand_over(&inherited, Reason::Inherited);
     }
 }
 
@@ -90,8 +91,8 @@ fn is_connection(fd: i32) -> bool {
     kernel::tuple(unsafe { BorrowedFd::borrow_raw(fd) }).is_ok()
 }
 
-/// Has the agent bring these connections to TCP, and waits until it has.
-fn hand_over(fds: &[i32]) {
+/// Has the agent bring these connections to TCP whole, and waits until it has.
+pub(super) fn hand_over(fds: &[i32], reason: Reason) {
     let Ok(agent) = Carrier::connect(client::agent_path()).map(Carrier::lifted) else { return };
     let until = Instant::now() + MOST;
     let (mut sent, mut answered) = (0, 0);
@@ -100,7 +101,7 @@ fn hand_over(fds: &[i32]) {
             // SAFETY: a descriptor of this process, found open just now; if another thread closes it meanwhile, the message is
             // refused, or names what has come in its place, which is no worse off on TCP.
             let fd = unsafe { BorrowedFd::borrow_raw(*fd) };
-            match agent.send(&Message::Parted { handle: sent as u64 }, &[fd]) {
+            match agent.send(&Message::Parted { handle: sent as u64, reason }, &[fd]) {
                 Ok(()) => sent += 1,
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
                 Err(_) => return,

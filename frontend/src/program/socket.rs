@@ -4,6 +4,7 @@ use super::Outcome;
 use super::client;
 use super::conn::ConnRef;
 use super::epoll;
+use super::exec;
 use super::poll::{self, Want};
 use super::table::{self, Slot};
 use super::wait;
@@ -14,6 +15,7 @@ use rustix::io::{Errno, IoSlice, IoSliceMut};
 use rustix::net::{RecvFlags, SendFlags};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+use vsocket_channel::reason::Reason;
 
 /// Sent or received, in the slot's counting.
 const SENT: u8 = 1;
@@ -502,9 +504,26 @@ pub fn duplicated(old: i32, new: i32) {
     }
 }
 
+/// These descriptors are about to be passed on (`SCM_RIGHTS`), to whoever receives them: connections among them go back to
+/// TCP, for good, with what was not received. This process goes on there as well.
+pub fn passing(fds: &[i32]) {
+    if client::is_confined() {
+        return;
+    }
+    fds.iter().for_each(|fd| leave_alone(*fd));
+    let held: Vec<i32> = fds.iter().copied().filter(|fd| held(*fd).is_some()).collect();
+    if !held.is_empty() {
+        exec::hand_over(&held, Reason::Passed);
+    }
+}
+
 /// A descriptor came from elsewhere (`SCM_RIGHTS`): if it is a connection that this process has, it is one more number
-/// for it.
+/// for it. Another stays on TCP.
 pub fn passed(fd: i32) {
+    if is_followed(fd) {
+        // The number was closed behind our back.
+        before_close(fd);
+    }
     // SAFETY: the application's descriptor, which it has just received.
     let cookie = |fd| rustix::net::sockopt::socket_cookie(unsafe { BorrowedFd::borrow_raw(fd) }).ok();
     let Some(wanted) = cookie(fd) else { return };

@@ -37,22 +37,37 @@ hook! { unsafe fn connect(fd: c_int, to: *const sockaddr, len: socklen_t) -> c_i
     }
 } }
 
-hook! { unsafe fn accept(fd: c_int, from: *mut sockaddr, len: *mut socklen_t) -> c_int => vs_accept {
-    // SAFETY: see above.
-    let new = unsafe { real!(accept)(fd, from, len) };
-    if new >= 0 {
+/// A connection was accepted, from this address. Where the application has no room for it, the kernel says what it is.
+unsafe fn accepted(new: c_int, from: *const sockaddr, room: socklen_t) {
+    let told = room as usize >= size_of::<libc::sa_family_t>();
+    // SAFETY: the kernel has just stored at least as much of an address.
+    let family = told.then(|| unsafe { (*from).sa_family });
+    if family.is_none_or(|family| is_inet(c_int::from(family))) {
         ours(|| socket::appeared(new, false));
     }
-    new
+}
+
+hook! { unsafe fn accept(fd: c_int, from: *mut sockaddr, len: *mut socklen_t) -> c_int => vs_accept {
+    // SAFETY: see above.
+    unsafe { vs_accept4(fd, from, len, 0) }
 } }
 
 hook! { unsafe fn accept4(fd: c_int, from: *mut sockaddr, len: *mut socklen_t, flags: c_int) -> c_int => vs_accept4 {
-    // SAFETY: see above.
-    let new = unsafe { real!(accept4)(fd, from, len, flags) };
-    if new >= 0 {
-        ours(|| socket::appeared(new, false));
+    // SAFETY: see above; where the application does not ask who it is, it is asked here, which costs no further call.
+    unsafe {
+        if !from.is_null() && len.is_null() {
+            return real!(accept4)(fd, from, len, flags);
+        }
+        let mut place = std::mem::MaybeUninit::<sockaddr>::uninit();
+        let mut room = size_of::<sockaddr>() as socklen_t;
+        let (from, len) = if from.is_null() { (place.as_mut_ptr(), &raw mut room) } else { (from, len) };
+        let before = *len;
+        let new = real!(accept4)(fd, from, len, flags);
+        if new >= 0 {
+            accepted(new, from, before.min(*len));
+        }
+        new
     }
-    new
 } }
 
 hook! { unsafe fn close(fd: c_int) -> c_int => vs_close {

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use vsocket_frontend::program::pipes;
 use vsocket_frontend::program::socket::{self, Route};
-use vsocket_frontend::program::table::Slot;
+use vsocket_frontend::program::table::{self, Slot};
 
 /// Whether a receiving call with these flags takes bytes of the stream.
 fn counts(flags: c_int) -> bool {
@@ -214,6 +214,16 @@ hook! { unsafe fn __recvfrom_chk(fd: c_int, buf: *mut c_void, n: size_t, room: s
     }
 } }
 
+/// Descriptors came with a message.
+unsafe fn received(msg: *const msghdr) {
+    // SAFETY: the application's message, of which the kernel has just stored as much control data as it says.
+    unsafe {
+        if (*msg).msg_controllen > 0 && table::has_followed() {
+            ours(|| args::each_passed(msg, socket::passed));
+        }
+    }
+}
+
 hook! { unsafe fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t => vs_recvmsg {
     // SAFETY: see above.
     unsafe {
@@ -223,8 +233,8 @@ hook! { unsafe fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t 
             (*msg).msg_namelen = 0;
             (*msg).msg_controllen = 0;
             (*msg).msg_flags = 0;
-        } else if got >= 0 && (*msg).msg_controllen > 0 {
-            ours(|| args::each_passed(msg, socket::passed));
+        } else if got >= 0 {
+            received(msg);
         }
         got
     }
@@ -234,7 +244,11 @@ hook! { unsafe fn recvmmsg(fd: c_int, list: *mut mmsghdr, n: c_uint, flags: c_in
     // SAFETY: see above.
     unsafe {
         if !socket::is_followed(fd) || n == 0 {
-            return real!(recvmmsg)(fd, list, n, flags, timeout);
+            let got = real!(recvmmsg)(fd, list, n, flags, timeout);
+            for message in 0..got.max(0) as usize {
+                received(&raw const (*list.add(message)).msg_hdr);
+            }
+            return got;
         }
         let mut how = flags & !libc::MSG_WAITFORONE;
         let limit = args::timespec(timeout);
@@ -310,9 +324,26 @@ unsafe fn control_is_fine(fd: c_int, msg: *const msghdr) -> bool {
     }
 }
 
+/// Connections that a message passes on go back to TCP first.
+unsafe fn passing(msg: *const msghdr) {
+    // SAFETY: the application's message.
+    if unsafe { (*msg).msg_controllen == 0 || (*msg).msg_control.is_null() } || !table::has_followed() {
+        return;
+    }
+    let mut found = Vec::new();
+    // SAFETY: as above; its control data are as long as it says.
+    unsafe { args::each_passed(msg, |fd| found.extend(socket::is_followed(fd).then_some(fd))) };
+    if !found.is_empty() {
+        let errno = args::errno();
+        ours(|| socket::passing(&found));
+        args::set_errno(errno);
+    }
+}
+
 hook! { unsafe fn sendmsg(fd: c_int, msg: *const msghdr, flags: c_int) -> ssize_t => vs_sendmsg {
     // SAFETY: see above.
     unsafe {
+        passing(msg);
         if !control_is_fine(fd, msg) {
             return args::answer(Err(Errno::INVAL));
         }
@@ -325,6 +356,7 @@ hook! { unsafe fn sendmmsg(fd: c_int, list: *mut mmsghdr, n: c_uint, flags: c_in
     // SAFETY: see above.
     unsafe {
         if !socket::is_followed(fd) || n == 0 {
+            (0..n as usize).for_each(|message| passing(&raw const (*list.add(message)).msg_hdr));
             return real!(sendmmsg)(fd, list, n, flags);
         }
         for done in 0..n {

@@ -37,13 +37,15 @@ fn ended(child: c_int) -> c_int {
     if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { -libc::WTERMSIG(status) }
 }
 
-/// What `posix child` does with descriptor 0: `send N` bytes, or `recv N`.
+/// What `posix child` does with a connection: `send N` bytes, or `recv N`. It is descriptor 0, or comes over descriptor 0 if
+/// there is a third word.
 pub fn child(words: &[String]) {
     let n: usize = words[1].parse().expect("a number");
+    let fd = if words.len() > 2 { taken(0) } else { 0 };
     let got = if words[0] == "send" {
-        sys::send(0, &sys::pattern(FROM_NEAR, 0, n), 0)
+        sys::send(fd, &sys::pattern(FROM_NEAR, 0, n), 0)
     } else {
-        sys::recv(0, &mut vec![0; n], 0)
+        sys::recv(fd, &mut vec![0; n], libc::MSG_WAITALL)
     };
     std::process::exit(if got.0 == n as isize { 0 } else { 1 + got.1 });
 }
@@ -135,32 +137,207 @@ fn inherits(case: &mut super::Case) {
     case.carried = super::Carried::Tcp("inherited");
 }
 
-/// Sends a descriptor over a UNIX socket and receives it again, in this process.
-fn travelled(fd: c_int) -> c_int {
-    let mut ends = [0; 2];
-    // SAFETY: all of it outlives the calls; the control buffers are large and aligned enough.
-    unsafe {
-        libc::socketpair(libc::AF_UNIX, libc::SOCK_STREAM, 0, ends.as_mut_ptr());
-        let mut byte = [b'x'];
-        let mut list = [libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 }];
-        let mut control = [0u64; 8];
+/// Messages of a byte, and room for a descriptor beside it.
+struct Passing {
+    byte: [u8; 1],
+    control: [u64; 8],
+}
+
+impl Passing {
+    /// Makes a call on a message.
+    fn with<T>(&mut self, fd: Option<c_int>, call: impl FnOnce(*mut libc::msghdr) -> T) -> T {
+        let mut list = [libc::iovec { iov_base: self.byte.as_mut_ptr().cast(), iov_len: 1 }];
         let mut message = super::transfer::message(&mut list);
         (message.msg_control, message.msg_controllen) =
-            (control.as_mut_ptr().cast(), libc::CMSG_SPACE(4) as usize);
-        let head = libc::CMSG_FIRSTHDR(&raw const message);
-        (*head).cmsg_level = libc::SOL_SOCKET;
-        (*head).cmsg_type = libc::SCM_RIGHTS;
-        (*head).cmsg_len = libc::CMSG_LEN(4) as usize;
-        libc::CMSG_DATA(head).cast::<c_int>().write_unaligned(fd);
-        libc::sendmsg(ends[0], &raw const message, 0);
-        message.msg_controllen = size_of_val(&control);
-        libc::recvmsg(ends[1], &raw mut message, 0);
-        let head = libc::CMSG_FIRSTHDR(&raw const message);
-        let got = if head.is_null() { -1 } else { libc::CMSG_DATA(head).cast::<c_int>().read_unaligned() };
-        ends.iter().for_each(|fd| {
-            sys::close(*fd);
+            (self.control.as_mut_ptr().cast(), size_of_val(&self.control));
+        if let Some(fd) = fd {
+            // SAFETY: the control buffer is large and aligned enough for a header and a descriptor.
+            unsafe {
+                message.msg_controllen = libc::CMSG_SPACE(4) as usize;
+                let head = libc::CMSG_FIRSTHDR(&raw const message);
+                (*head).cmsg_level = libc::SOL_SOCKET;
+                (*head).cmsg_type = libc::SCM_RIGHTS;
+                (*head).cmsg_len = libc::CMSG_LEN(4) as usize;
+                libc::CMSG_DATA(head).cast::<c_int>().write_unaligned(fd);
+            }
+        }
+        call(&raw mut message)
+    }
+
+    fn new() -> Self {
+        Self { byte: [b'x'], control: [0; 8] }
+    }
+}
+
+/// Passes a descriptor over a UNIX socket.
+fn pass(socket: c_int, fd: c_int) -> Ret {
+    // SAFETY: a message that outlives the call.
+    Passing::new().with(Some(fd), |message| ret(unsafe { libc::sendmsg(socket, message, 0) } as c_int))
+}
+
+/// The same, by `sendmmsg`.
+fn pass_many(socket: c_int, fd: c_int) -> Ret {
+    Passing::new().with(Some(fd), |message| {
+        // SAFETY: a message that outlives the call.
+        let mut list = unsafe { [libc::mmsghdr { msg_hdr: *message, msg_len: 0 }] };
+        // SAFETY: the same.
+        ret(unsafe { libc::sendmmsg(socket, list.as_mut_ptr(), 1, 0) })
+    })
+}
+
+/// Receives a descriptor.
+fn taken(socket: c_int) -> c_int {
+    // SAFETY: a message that outlives the calls.
+    Passing::new().with(None, |message| unsafe {
+        libc::recvmsg(socket, message, 0);
+        let head = libc::CMSG_FIRSTHDR(message);
+        if head.is_null() { -1 } else { libc::CMSG_DATA(head).cast::<c_int>().read_unaligned() }
+    })
+}
+
+fn unix_pair() -> [c_int; 2] {
+    let mut ends = [0; 2];
+    // SAFETY: room for two numbers.
+    unsafe { libc::socketpair(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0, ends.as_mut_ptr()) };
+    ends
+}
+
+/// Sends a descriptor over a UNIX socket and receives it again, in this process.
+fn travelled(fd: c_int) -> c_int {
+    let ends = unix_pair();
+    pass(ends[0], fd);
+    let got = taken(ends[1]);
+    ends.iter().for_each(|fd| {
+        sys::close(*fd);
+    });
+    got
+}
+
+/// The same, over a UNIX connection that was accepted.
+fn travelled_over_accepted(fd: c_int) -> c_int {
+    let path = std::env::temp_dir().join(format!("posix-passing-{}", std::process::id()));
+    let _ = std::fs::remove_file(&path);
+    let listener = std::os::unix::net::UnixListener::bind(&path).expect("a UNIX socket");
+    let near = std::os::unix::net::UnixStream::connect(&path).expect("somebody listens");
+    let far = listener.accept().expect("somebody connects").0;
+    let _ = std::fs::remove_file(&path);
+    // As often as it takes for it to be worth a lane, were it TCP.
+    for _ in 0..40 {
+        let one = sys::pipe();
+        pass(raw(&near), one[0]);
+        let got = taken(raw(&far));
+        pass(raw(&far), got);
+        let back = taken(raw(&near));
+        [one[0], one[1], got, back].into_iter().for_each(|fd| {
+            sys::close(fd);
         });
-        got
+        if got < 0 || back < 0 {
+            return -1;
+        }
+    }
+    pass(raw(&near), fd);
+    taken(raw(&far))
+}
+
+fn raw(stream: &impl std::os::fd::AsRawFd) -> c_int {
+    stream.as_raw_fd()
+}
+
+/// A process that a connection is passed to; it has the library, or not.
+struct Receiver {
+    child: std::process::Child,
+    socket: c_int,
+}
+
+impl Receiver {
+    fn begin(library: bool, what: &str, n: usize) -> Self {
+        let [socket, other] = unix_pair();
+        // SAFETY: the descriptor is this function's.
+        let stdin = unsafe { <std::process::Stdio as std::os::fd::FromRawFd>::from_raw_fd(other) };
+        let exe = std::env::current_exe().expect("a program knows where it is");
+        let mut command = std::process::Command::new(exe);
+        command.args(["child", what, &n.to_string(), "passed"]).stdin(stdin);
+        if !library {
+            command.env_remove("LD_PRELOAD");
+        }
+        Self { child: command.spawn().expect("this program runs"), socket }
+    }
+
+    fn is_passed(self, p: &mut Pair, call: fn(c_int, c_int) -> Ret) {
+        p.call("pass", call(self.socket, p.near));
+        let code = ended(self.child.id() as c_int);
+        p.note(format_args!("it ends with {code}"));
+        sys::close(self.socket);
+    }
+}
+
+/// Cases of connections that go to another process.
+fn passes(group: &mut Group) {
+    let mut case = |name: &str, run: Box<dyn Fn(&mut Pair)>| {
+        group.case("7.19", &format!("SCM_RIGHTS/{name}"), run).carried = super::Carried::Tcp("passed");
+    };
+    for (library, to) in [(true, "with the library"), (false, "without the library")] {
+        let sends = move |p: &mut Pair| {
+            p.receives(15);
+            p.send(12, 0);
+            Receiver::begin(library, "send", 20).is_passed(p, pass);
+            p.taken(Ret(20, 0));
+            p.far_says("take", &[12]);
+            p.recv(20, 0);
+            p.far("take", &[20]);
+            exchange(p);
+        };
+        case(&format!("to a process {to}, which sends"), Box::new(sends));
+        let receives = move |p: &mut Pair| {
+            p.send(2000, 0);
+            p.receives(3000);
+            p.recv(700, 0);
+            Receiver::begin(library, "recv", 1200).is_passed(p, pass);
+            p.take(1100);
+            p.far_says("take", &[2000]);
+            exchange(p);
+        };
+        case(&format!("to a process {to}, which receives"), Box::new(receives));
+        let much = move |p: &mut Pair| {
+            p.receives(20_000);
+            p.recv(1000, 0);
+            Receiver::begin(library, "recv", 15_000).is_passed(p, pass_many);
+            p.take(4000);
+            p.far_says("shutdown", &[1]);
+            p.take(1);
+            p.send(9, 0);
+            p.far_says("take", &[9]);
+        };
+        case(&format!("by sendmmsg to a process {to}, much is unread"), Box::new(much));
+        let last = move |p: &mut Pair| {
+            p.receives(10);
+            let receiver = Receiver::begin(library, "recv", 30);
+            p.call("pass", pass(receiver.socket, p.near));
+            p.call("close", sys::close(p.near));
+            p.near = -1;
+            p.far_says("send", &[20, 0]);
+            let code = ended(receiver.child.id() as c_int);
+            p.note(format_args!("it ends with {code}"));
+            sys::close(receiver.socket);
+            p.far_says("take", &[1]);
+        };
+        case(&format!("to a process {to}, which has the last descriptor"), Box::new(last));
+    }
+    for (name, travel) in [
+        ("within the process", travelled as fn(c_int) -> c_int),
+        ("over an accepted socket", travelled_over_accepted),
+    ] {
+        let run = move |p: &mut Pair| {
+            p.receives(11);
+            let got = travel(p.near);
+            sys::close(p.near);
+            p.near = got;
+            p.recv(20, 0);
+            exchange(p);
+            p.far_says("shutdown", &[1]);
+            p.take(1);
+        };
+        case(name, Box::new(run));
     }
 }
 
@@ -355,14 +532,7 @@ pub fn group() -> Group {
         }));
         exchange(p);
     });
-    group.case("7.19", "SCM_RIGHTS/within the process", |p| {
-        let got = travelled(p.near);
-        sys::close(p.near);
-        p.near = got;
-        exchange(p);
-        p.far_says("shutdown", &[1]);
-        p.take(1);
-    });
+    passes(&mut group);
     group.case("7.14", "daemon/the child goes on", |p| {
         let fd = p.near;
         let data = p.next(10);
