@@ -37,6 +37,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("frontend/src/program/poll.rs", "C structures of poll and select"),
     ("frontend/src/program/socket.rs", "descriptors that belong to the application"),
     ("frontend/src/program/table.rs", "a table that is read without a lock"),
+    ("frontend/src/program/unseen.rs", "a ring for its test"),
     ("frontend/src/signal.rs", "signalfd and the signal mask, which no safe crate has"),
     ("frontend/tests/machine/host.rs", "maps what a keeper has made, as the host does"),
     ("preload/src/args.rs", "raw C arguments become checked Rust values here"),
@@ -48,6 +49,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("preload/src/exports/readiness.rs", "C entry points"),
     ("preload/src/exports/stdio.rs", "C entry points, and glibc's streams"),
     ("preload/src/exports/transfer.rs", "C entry points"),
+    ("preload/src/exports/unseen.rs", "C entry points, and control blocks of asynchronous I/O"),
     ("preload/src/hook.rs", "C entry points, and the functions that they stand before"),
 ];
 
@@ -123,6 +125,14 @@ const HOOKS: &[(&str, &str)] = &[
     ("vdprintf", "sends, by a symbol of libc's own"),
     ("write", "sends"),
     ("writev", "sends"),
+    // What no hook sees.
+    ("aio_read", "glibc reads by a symbol of its own, in another thread"),
+    ("aio_read64", "the name of aio_read in programs with large files"),
+    ("aio_write", "glibc writes by a symbol of its own, in another thread"),
+    ("aio_write64", "the name of aio_write in programs with large files"),
+    ("io_submit", "the kernel reads and writes; of libaio, not of glibc"),
+    ("lio_listio", "several of aio_read and aio_write"),
+    ("lio_listio64", "the name of lio_listio in programs with large files"),
     // All of these by number.
     ("syscall", "libuv and others make calls by number"),
     // Waiting.

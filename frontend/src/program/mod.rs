@@ -18,6 +18,7 @@ pub mod pipes;
 pub mod poll;
 pub mod socket;
 pub mod table;
+pub mod unseen;
 pub mod wait;
 
 /// What a hook is to do with a call.

@@ -7,6 +7,7 @@ use super::epoll;
 use super::exec;
 use super::poll::{self, Want};
 use super::table::{self, Slot};
+use super::unseen;
 use super::wait;
 use crate::kernel;
 use crate::record::status;
@@ -42,6 +43,7 @@ impl Inside {
         slot.count(direction, n.max(0) as u64);
         // Not after an error: errno is the application's.
         if n > 0 && client::worth_it(slot) {
+            unseen::keeps(fd);
             slot.phase.store(table::WANTED, Ordering::Release);
             client::open(fd, slot);
         }
@@ -504,17 +506,22 @@ pub fn duplicated(old: i32, new: i32) {
     }
 }
 
-/// These descriptors are about to be passed on (`SCM_RIGHTS`), to whoever receives them: connections among them go back to
-/// TCP, for good, with what was not received. This process goes on there as well.
-pub fn passing(fds: &[i32]) {
+/// Others are to find all of these connections in the kernel's sockets: they go back to TCP, for good, with what was not
+/// received. This process goes on there as well.
+pub fn give(fds: &[i32], reason: Reason) {
     if client::is_confined() {
         return;
     }
     fds.iter().for_each(|fd| leave_alone(*fd));
     let held: Vec<i32> = fds.iter().copied().filter(|fd| held(*fd).is_some()).collect();
     if !held.is_empty() {
-        exec::hand_over(&held, Reason::Passed);
+        exec::hand_over(&held, reason);
     }
+}
+
+/// These descriptors are about to be passed on (`SCM_RIGHTS`), to whoever receives them.
+pub fn passing(fds: &[i32]) {
+    give(fds, Reason::Passed);
 }
 
 /// A descriptor came from elsewhere (`SCM_RIGHTS`): if it is a connection that this process has, it is one more number

@@ -8,3 +8,4 @@ mod print;
 mod readiness;
 mod stdio;
 mod transfer;
+mod unseen;

@@ -1,7 +1,7 @@
 //! `syscall(2)`: the numbers of the calls that have hooks are served as those; libuv and others make them so.
 
 use super::control;
-use super::{exec as run, lifetime as life, readiness as ready, transfer as data};
+use super::{exec as run, lifetime as life, readiness as ready, transfer as data, unseen};
 use crate::hook::{Held, Next};
 use libc::{c_int, c_long, c_uint, sigset_t};
 use vsocket_frontend::program::{client, socket};
@@ -126,6 +126,15 @@ unsafe fn served(number: c_long, [a, b, c, d, e, f]: [usize; 6]) -> Option<c_lon
             // The other way into the same sandbox; the call itself is made as it is.
             libc::SYS_seccomp => {
                 client::confine();
+                return None;
+            }
+            // The ring is made by the call itself.
+            libc::SYS_io_uring_setup => {
+                unseen::ring_made();
+                return None;
+            }
+            libc::SYS_io_submit => {
+                unseen::submitted(b as i64, c as _);
                 return None;
             }
             other => return old(other, [a, b, c, d, e]),

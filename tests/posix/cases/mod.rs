@@ -13,6 +13,7 @@ mod signals;
 mod stdio;
 mod threads;
 mod transfer;
+mod unseen;
 
 use crate::pair::Pair;
 
@@ -100,6 +101,7 @@ pub fn all() -> Vec<Case> {
         stdio::group(),
         files::group(),
         addresses::group(),
+        unseen::group(),
         threads::group(),
     ];
     groups.into_iter().flat_map(|g| g.cases).collect()

@@ -7,7 +7,7 @@ use crate::sys::{self, Ret, ret};
 use libc::c_int;
 
 /// Runs in a child, which ends with what it returns; its exit status.
-fn forked(f: impl FnOnce() -> c_int) -> c_int {
+pub(super) fn forked(f: impl FnOnce() -> c_int) -> c_int {
     // SAFETY: the child makes calls and ends; this program has one thread.
     unsafe {
         match libc::fork() {
@@ -341,7 +341,7 @@ fn passes(group: &mut Group) {
     }
 }
 
-fn exchange(p: &mut Pair) {
+pub(super) fn exchange(p: &mut Pair) {
     p.send(10, 0);
     p.far_says("take", &[10]);
     p.receives(10);
