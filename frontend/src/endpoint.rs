@@ -130,7 +130,8 @@ impl Endpoint<'_> {
     /// Ends the connection for both sides: something cannot be, and going on could lose or double bytes.
     pub fn break_off(&self) {
         let before = self.record.status.load(Ordering::Acquire);
-        self.broken();
+        let behind_end = kernel::peer_has_shut_alone(self.anchor);
+        self.broken(if behind_end { Errno::PIPE } else { Errno::CONNRESET });
         kernel::abort(self.anchor);
         // A segment that was left may be another connection's by now.
         let Some(bound) = self.bound.filter(|_| before & (status::TX_STATE | status::RX_OPEN) != 0) else {
@@ -145,11 +146,43 @@ impl Endpoint<'_> {
         bound.ring_far();
     }
 
-    /// No bytes move any more, and the application does not know it yet.
-    pub fn broken(&self) {
+    /// No bytes move any more, and the application does not know it yet. If the kernel has an error to tell, it is that one:
+    /// it is told in the kernel's stead. Else it is this one.
+    pub fn broken(&self, error: Errno) {
         if !self.record.is(status::BROKEN) {
-            let bits = status::BROKEN | status::UNTOLD;
-            self.record.set_status(bits, bits);
+            self.break_untold(self.kernel_error().unwrap_or(error));
+        }
+    }
+
+    /// The anchor was found at its end. One that was reset and has no error to tell has told it: nobody is told twice.
+    pub fn found_over(&self) {
+        if self.record.is(status::BROKEN) {
+            return;
+        }
+        match self.kernel_error() {
+            None if !self.record.is(status::TX_SHUT) && kernel::has_closed(self.anchor) => {
+                self.record.set_status(status::BROKEN, status::BROKEN);
+            }
+            error => self.break_untold(error.unwrap_or(Errno::CONNRESET)),
+        }
+    }
+
+    fn kernel_error(&self) -> Option<Errno> {
+        rustix::net::sockopt::socket_error(self.anchor).ok()?.err()
+    }
+
+    fn break_untold(&self, error: Errno) {
+        self.record.error.store(error.raw_os_error() as u32, Ordering::Relaxed);
+        let bits = status::BROKEN | status::UNTOLD;
+        self.record.set_status(bits, bits);
+    }
+
+    /// The error of a connection that is broken: `EPIPE` if the peer's FIN had come before the reset, and ours had not gone.
+    pub fn reset_errno(&self) -> Errno {
+        match self.record.error.load(Ordering::Relaxed) as i32 {
+            libc::EPIPE => Errno::PIPE,
+            libc::ETIMEDOUT => Errno::TIMEDOUT,
+            _ => Errno::CONNRESET,
         }
     }
 
@@ -200,27 +233,6 @@ impl Endpoint<'_> {
         }
         // That the sender has sealed is no readiness: the anchor will say how the stream goes on.
         Some(direction.head.head.load(Ordering::Acquire) != self.record.rx_off.load(Ordering::Relaxed))
-    }
-
-    /// How many bytes could be received now, on whichever carrier. `None` if that cannot be told.
-    pub fn unread(&self) -> Option<usize> {
-        let mut rx = self.lock_rx().ok()?;
-        self.learn(&mut rx);
-        self.settle_rx(&rx);
-        let ring = |from: u64| self.bound_for(rx.generation).and_then(|b| b.rx().available(from).ok());
-        let raw = || kernel::unread(self.anchor).ok();
-        match rx.source() {
-            Source::Ring { .. } => ring(rx.off),
-            Source::Residue { to } => {
-                let beyond = raw()?.saturating_sub(rx.kept.saturating_sub(rx.raw));
-                Some((to - rx.off + beyond) as usize)
-            }
-            Source::Raw { drop, limit, .. } => {
-                let queued = raw()?.min(limit);
-                let beyond = if rx.knows_stay() && queued == limit { ring(rx.start)? } else { 0 };
-                Some(queued.saturating_sub(drop) as usize + beyond)
-            }
-        }
     }
 
     /// Whether the ring has room (a quarter of it), without a lock. `None`: the anchor decides.

@@ -21,6 +21,7 @@ pub struct Counters {
 }
 
 const TCP_ESTABLISHED: u8 = 1;
+const TCP_CLOSE: u8 = 7;
 const TCP_CLOSE_WAIT: u8 = 8;
 
 fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<libc::tcp_info> {
@@ -116,6 +117,16 @@ pub fn peer_has_shut(fd: impl AsFd) -> bool {
     let zero = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
     let mut one = [rustix::event::PollFd::from_borrowed_fd(fd, rustix::event::PollFlags::RDHUP)];
     rustix::event::poll(&mut one, Some(&zero)).unwrap_or(0) > 0
+}
+
+/// Whether the peer's FIN has come, and ours has not gone: the kernel calls a reset that then comes `EPIPE`.
+pub fn peer_has_shut_alone(fd: impl AsFd) -> bool {
+    tcp_info(fd.as_fd()).is_ok_and(|info| info.tcpi_state == TCP_CLOSE_WAIT)
+}
+
+/// Whether the connection is over for the kernel: reset, or ended on both sides.
+pub fn has_closed(fd: impl AsFd) -> bool {
+    tcp_info(fd.as_fd()).is_ok_and(|info| info.tcpi_state == TCP_CLOSE)
 }
 
 /// The socket's addresses, if it is a TCP socket over IPv4 or IPv6 with a peer.

@@ -207,6 +207,8 @@ pub struct Record {
     pub connector: AtomicU32,
     /// `Violation::code` of what ended the connection, or 0.
     pub violation: AtomicU32,
+    /// The errno of a connection that is broken; see `Endpoint::broken`.
+    pub error: AtomicU32,
     /// The sender's half.
     pub tx: Locked<TxState>,
     /// The receiver's half.
@@ -230,7 +232,8 @@ impl Record {
     pub fn init(&self, tx: u64, rx: u64, connector: bool) {
         self.tx.init(TxState::new(tx));
         self.rx.init(RxState::new(rx));
-        let words = [&self.status, &self.ready, &self.leave, &self.untaken, &self.lane, &self.violation];
+        let words =
+            [&self.status, &self.ready, &self.leave, &self.untaken, &self.lane, &self.violation, &self.error];
         for word in words {
             word.store(0, Ordering::Relaxed);
         }

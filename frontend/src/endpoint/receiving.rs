@@ -11,6 +11,21 @@ use rustix::io::{Errno, IoSliceMut};
 use rustix::net::RecvFlags;
 use std::sync::atomic::Ordering;
 use vsocket_channel::lane::REWIND_LEN;
+use vsocket_channel::message::Lane;
+
+/// More is not peeked at only to see what comes behind it.
+const PEEKED_MOST: u64 = 16 << 20;
+
+/// What the anchor has behind a stay.
+#[derive(Clone, Copy)]
+struct Behind {
+    /// So many bytes of the anchor come before it.
+    at: u64,
+    /// Its first byte's stream offset.
+    resume: u64,
+    /// How much it is.
+    n: u64,
+}
 
 impl Endpoint<'_> {
     /// Receives what is there now; 0 is the end of the stream. `look` says that the anchor may have something to say:
@@ -24,25 +39,22 @@ impl Endpoint<'_> {
         let shut = self.record.is(status::RX_SHUT);
         let got = {
             let mut rx = self.lock_rx()?;
-            let (source, before) = (rx.source(), std::mem::discriminant(&rx.source()));
-            let mut got = self.recv_locked(&mut rx, bufs, peek, look || shut, &mut ended);
-            if let (Ok(n @ 1..), false) = (got, peek || std::mem::discriminant(&rx.source()) == before) {
-                got = Ok(n + self.recv_beyond(&mut rx, bufs, n));
-            }
-            if let (Ok(n @ 1..), true, Source::Raw { .. }) = (got, peek, source) {
-                got = Ok(n + self.peek_beyond(&rx, bufs, n));
-            }
+            let got = if peek {
+                self.peek_on(&mut rx, bufs, look || shut, &mut ended)
+            } else {
+                self.recv_on(&mut rx, bufs, look || shut, &mut ended)
+            };
             self.settle_rx(&rx);
             match got {
                 // A socket that was aborted here is not connected any more; the application knows only of the reset, and
                 // hears of it once, as from the kernel.
-                Err(Errno::NOTCONN | Errno::CONNRESET) if self.record.is(status::BROKEN) => {
-                    if self.record.take(status::UNTOLD) { Err(Errno::CONNRESET) } else { Ok(0) }
+                Err(Errno::NOTCONN | Errno::CONNRESET | Errno::PIPE) if self.record.is(status::BROKEN) => {
+                    self.reset_read()
                 }
                 Err(Errno::AGAIN) if shut => Ok(0),
                 // Behind the end of the stream nobody is told of a reset.
                 Ok(0) if self.record.is(status::BROKEN) && !self.record.is(status::RX_EOF) => {
-                    if self.record.take(status::UNTOLD) { Err(Errno::CONNRESET) } else { Ok(0) }
+                    self.reset_read()
                 }
                 other => other,
             }
@@ -54,38 +66,168 @@ impl Endpoint<'_> {
         got
     }
 
-    /// Bytes have come from one carrier up to where the other goes on: what that has is received by the same call.
-    fn recv_beyond(&self, rx: &mut Guard<'_, RxState>, bufs: &mut [IoSliceMut<'_>], done: usize) -> usize {
-        let there = match rx.source() {
-            Source::Ring { .. } => self.bound_for(rx.generation).and_then(|b| b.rx().available(rx.off).ok()),
-            Source::Raw { .. } => kernel::unread(self.anchor).ok().map(|n| n as usize),
-            Source::Residue { .. } => None,
-        };
-        if there.unwrap_or(0) == 0 {
-            return 0;
-        }
-        let mut rest = after(bufs, done);
-        if rest.iter().all(|buf| buf.is_empty()) {
-            return 0;
-        }
-        self.recv_locked(rx, &mut rest, false, false, &mut 0).unwrap_or(0)
+    /// What a reader hears of a reset. If the peer's FIN had come before it, the kernel lets him read that, and keeps the
+    /// error for who sends.
+    fn reset_read(&self) -> Result<usize> {
+        let error = self.reset_errno();
+        if error != Errno::PIPE && self.record.take(status::UNTOLD) { Err(error) } else { Ok(0) }
     }
 
-    /// All raw bytes before the ring's were peeked: so are those.
+    /// Receives from one carrier after the other, while each goes on where the one before has ended: for the application it
+    /// is one queue.
+    fn recv_on(
+        &self,
+        rx: &mut Guard<'_, RxState>,
+        bufs: &mut [IoSliceMut<'_>],
+        look: bool,
+        ended: &mut u32,
+    ) -> Result<usize> {
+        let room: usize = bufs.iter().map(|b| b.len()).sum();
+        let mut was = rx.source();
+        let mut done = self.recv_locked(rx, bufs, false, look, ended)?;
+        while done > 0 && done < room && self.goes_on(rx, was, look) {
+            was = rx.source();
+            match self.recv_locked(rx, &mut after(bufs, done), false, true, ended) {
+                Ok(n @ 1..) => done += n,
+                Err(error) if error != Errno::AGAIN => {
+                    // The kernel has told it, and will not again.
+                    self.broken(error);
+                    break;
+                }
+                _ => break,
+            }
+        }
+        Ok(done)
+    }
+
+    /// Whether more is there behind what was just taken from `was`.
+    fn goes_on(&self, rx: &RxState, was: Source, look: bool) -> bool {
+        let changed = std::mem::discriminant(&rx.source()) != std::mem::discriminant(&was);
+        match (rx.source(), self.bound) {
+            (Source::Residue { .. }, _) => true,
+            (Source::Raw { .. }, _) => changed && self.queued() > 0,
+            (Source::Ring { .. }, Some(bound)) => {
+                let empty = bound.rx().available(rx.off) == Ok(0);
+                if empty { self.may_be_over(bound, look) && self.queued() > 0 } else { changed }
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether a look at the anchor is worth a system call while the ring is read: something says that the stay has ended.
+    /// On a fabric lane the sender's own word does not come across, but an edge of the anchor may be one.
+    fn may_be_over(&self, bound: &Bound, look: bool) -> bool {
+        bound.rx().indices.stay.sealed.load(Ordering::Acquire) != 0
+            || self.record.leave.load(Ordering::Acquire) >= bound.generation
+            || look && bound.lane == Lane::Fabric
+    }
+
+    fn queued(&self) -> u64 {
+        kernel::unread(self.anchor).unwrap_or(0)
+    }
+
+    /// Peeks at all that is there, whichever carriers have it.
+    fn peek_on(
+        &self,
+        rx: &mut Guard<'_, RxState>,
+        bufs: &mut [IoSliceMut<'_>],
+        look: bool,
+        ended: &mut u32,
+    ) -> Result<usize> {
+        self.learn(rx);
+        if let (Source::Ring { generation }, Some(bound)) = (rx.source(), self.bound) {
+            if bound.generation == generation && self.queued() > 0 {
+                // Its end is here already. What the ring still has is read as its residue.
+                *ended = self.judge(rx, bound).ok().flatten().unwrap_or(0);
+            }
+        }
+        let done = self.recv_locked(rx, bufs, true, look, ended)?;
+        Ok(done + self.peek_beyond(rx, bufs, done))
+    }
+
+    /// So much was peeked of the first carrier, perhaps all that it has: then goes on with those behind it.
     fn peek_beyond(&self, rx: &RxState, bufs: &mut [IoSliceMut<'_>], done: usize) -> usize {
-        let Source::Raw { drop: 0, limit, guarded: true } = rx.source() else { return 0 };
-        let Some(bound) = self.bound_for(rx.generation).filter(|_| rx.knows_stay() && limit == done as u64)
-        else {
-            return 0;
+        let at = rx.off + done as u64;
+        let more = match rx.source() {
+            Source::Raw { guarded: true, .. } if done > 0 && rx.knows_stay() && at == rx.start => {
+                self.stay_and_beyond(rx)
+            }
+            Source::Residue { to } if at == to => self.raw_from(rx.kept - rx.raw),
+            _ => None,
         };
-        let ready = bound.rx().available(rx.start).unwrap_or(0);
+        let more = more.unwrap_or_default();
         let mut copied = 0;
-        for buf in after(bufs, done) {
-            let n = buf.len().min(ready - copied);
-            bound.rx().bytes.get(rx.start.wrapping_add(copied as u64), &mut { buf }[..n]);
+        for mut buf in after(bufs, done) {
+            let n = buf.len().min(more.len() - copied);
+            buf[..n].copy_from_slice(&more[copied..copied + n]);
             copied += n;
         }
         copied
+    }
+
+    /// All raw bytes before the ring's were peeked: a copy of those, and of what comes behind them.
+    fn stay_and_beyond(&self, rx: &RxState) -> Option<Vec<u8>> {
+        let bound = self.bound_for(rx.generation)?;
+        let behind = self.behind(rx);
+        let mut bytes = vec![0; bound.rx().available(rx.start).ok()?];
+        bound.rx().bytes.get(rx.start, &mut bytes);
+        let head = rx.start + bytes.len() as u64;
+        if let Some(Behind { at, resume, .. }) = behind {
+            bytes.extend(self.raw_from(at + head.checked_sub(resume)?).unwrap_or_default());
+        }
+        Some(bytes)
+    }
+
+    /// A copy of the anchor's bytes behind the first so many.
+    fn raw_from(&self, skip: u64) -> Option<Vec<u8>> {
+        let queued = kernel::unread(self.anchor).ok().filter(|queued| *queued <= PEEKED_MOST)?;
+        let mut bytes = vec![0; queued as usize];
+        let n = recv_anchor(self.anchor, &mut bytes, RecvFlags::PEEK).ok()?;
+        bytes.truncate(n);
+        (skip <= n as u64).then(|| bytes.split_off(skip as usize))
+    }
+
+    /// What the anchor has behind the open generation's stay, if that has ended: nothing of it is taken.
+    fn behind(&self, rx: &RxState) -> Option<Behind> {
+        let before = rx.start.saturating_sub(rx.raw);
+        let queued = kernel::unread(self.anchor).ok()?;
+        if queued <= before || before > PEEKED_MOST {
+            return None;
+        }
+        let mut bytes = vec![0; before as usize + REWIND_LEN];
+        let n = recv_anchor(self.anchor, &mut bytes, RecvFlags::PEEK).ok()?;
+        let (resume, frame) = rx.resumes(bytes.get(before as usize..n)?)?;
+        let at = before + frame;
+        Some(Behind { at, resume, n: queued - at })
+    }
+
+    /// How many bytes could be received now, on whichever carrier. `None` if that cannot be told.
+    pub fn unread(&self) -> Option<usize> {
+        let mut rx = self.lock_rx().ok()?;
+        self.learn(&mut rx);
+        self.settle_rx(&rx);
+        let raw = || kernel::unread(self.anchor).ok();
+        if rx.knows_stay() && rx.off >= rx.kept {
+            let before = rx.start.saturating_sub(rx.raw);
+            let queued = raw()?;
+            if queued < before {
+                return Some((rx.raw + queued).saturating_sub(rx.off) as usize);
+            }
+            let behind = if queued > before { self.behind(&rx) } else { None };
+            // The ring may have been filled before the anchor was written: its index is read after it.
+            let from = rx.off.max(rx.start);
+            let head = from + self.bound_for(rx.generation)?.rx().available(from).ok()? as u64;
+            let end = behind.map_or(head, |behind| head.max(behind.resume + behind.n));
+            return Some((end - rx.off) as usize);
+        }
+        match rx.source() {
+            Source::Residue { to } => {
+                let beyond = raw()?.saturating_sub(rx.kept.saturating_sub(rx.raw));
+                Some((to - rx.off + beyond) as usize)
+            }
+            Source::Raw { drop, .. } => Some(raw()?.saturating_sub(drop) as usize),
+            Source::Ring { .. } => None,
+        }
     }
 
     /// The anchor has something to say: looks whether the stay has ended.
@@ -202,11 +344,11 @@ impl Endpoint<'_> {
             // The application itself may have shut it for reading.
             Ok(0) if ready == 0 && !self.record.is(status::RX_EOF | status::RX_SHUT) => {
                 // The kernel's FIN without a REWIND: the whole guest, or its agent and program, died.
-                self.broken();
+                self.found_over();
                 return Err(Errno::CONNRESET);
             }
             Err(error) if error != Errno::AGAIN && ready == 0 => {
-                self.broken();
+                self.broken(error);
                 return Err(error);
             }
             Ok(0) | Err(_) if ready > 0 => return Ok(None),

@@ -22,8 +22,7 @@ impl Endpoint<'_> {
         let sent = self.lock_tx().and_then(|mut tx| self.send_locked(&mut tx, bufs, flags));
         match sent {
             Err(error) if error != Errno::AGAIN && self.record.take(status::UNTOLD) => {
-                // As the kernel names a reset that comes behind the end of the stream.
-                Err(if self.record.is(status::RX_EOF) { Errno::PIPE } else { Errno::CONNRESET })
+                Err(self.reset_errno())
             }
             other => other,
         }
@@ -70,10 +69,11 @@ impl Endpoint<'_> {
         let Some(bound) = self.bound_for(tx.generation) else { return Err(self.violated(Violation::Phase)) };
         let ring = bound.tx();
         if ring.indices.reader.closed.load(Ordering::Relaxed) != 0 {
-            // Nobody will read it. The kernel would take these bytes, and hear of the reset that they bring afterwards.
-            if kernel::peer_has_shut(self.anchor) && self.unread() == Some(0) {
-                self.record.set_status(status::RX_EOF, status::RX_EOF);
+            if kernel::has_closed(self.anchor) {
+                self.broken(Errno::CONNRESET);
+                return Err(Errno::PIPE);
             }
+            // Nobody will read it. The kernel would take these bytes, and hear of the reset that they bring afterwards.
             self.break_off();
             return Ok(len);
         }
@@ -128,6 +128,11 @@ impl Endpoint<'_> {
             return Ok(None);
         }
         let Some(bound) = self.bound_for(ready) else { return Ok(None) };
+        if bound.tx().indices.reader.closed.load(Ordering::Acquire) != 0 {
+            // Nobody will read there; what the kernel makes of that, it does on the anchor.
+            self.record.leave.fetch_max(ready, Ordering::AcqRel);
+            return Ok(None);
+        }
         let connector = self.record.connector.load(Ordering::Relaxed) != 0;
         match kernel::counters(self.anchor, connector) {
             Ok(Some(c)) if c.sends && c.tx == tx.wire => {}
@@ -180,6 +185,11 @@ impl Endpoint<'_> {
             _ => (false, tx.off),
         };
         match self.untaken(tx, bound) {
+            // A kernel socket that is shut both ways answers a frame with a reset.
+            _ if direction.reader.closed.load(Ordering::Acquire) != 0 && acknowledged == tx.off => {
+                tx.abandon();
+                Ok(())
+            }
             Some(taken) => tx.seal_untaken(taken),
             None => tx.seal(confirmed, acknowledged),
         }
@@ -216,7 +226,7 @@ impl Endpoint<'_> {
                 Err(Errno::AGAIN) => return Ok(false),
                 Err(Errno::INTR) => {}
                 Err(other) => {
-                    self.broken();
+                    self.broken(other);
                     return Err(other);
                 }
             }

@@ -182,6 +182,16 @@ impl RxState {
         Ok(Verdict::Rewound { last: rewind.last })
     }
 
+    /// Where raw bytes go on behind the stay, and how many bytes of a frame stand before them, if `peeked` (the anchor's bytes
+    /// at S) shows that it has ended. Nothing is judged by that.
+    pub fn resumes(&self, peeked: &[u8]) -> Option<(u64, u64)> {
+        if *peeked.first()? != self.escape as u8 {
+            return Some((self.start, 0));
+        }
+        let rewind = Rewind::decode(peeked.first_chunk::<REWIND_LEN>()?, self.escape as u8)?;
+        (rewind.generation == self.generation).then_some((rewind.resume, REWIND_LEN as u64))
+    }
+
     /// The lock was taken over from a dead owner: `wire` bytes of the anchor have been taken from the kernel. Raw bytes that
     /// the owner took and did not record are gone with it, as from any socket. Returns how many bytes of a judged frame
     /// it did not take: they are to be taken now. The ring's tail is to be published again.
@@ -274,6 +284,16 @@ mod tests {
         let mut rx = at_start();
         assert_eq!(rx.judge(b"x", 24), Ok(Verdict::Cancelled));
         assert_eq!(rx.source(), Source::Raw { drop: 4, limit: u64::MAX, guarded: false });
+    }
+
+    #[test]
+    fn where_a_stay_resumes_is_seen_before_it_is_judged() {
+        let rx = at_start();
+        let frame = Rewind { generation: 5, resume: 22, last: false }.encode(b'e');
+        assert_eq!(rx.resumes(&frame), Some((22, 16)));
+        assert_eq!(rx.resumes(b"x"), Some((20, 0)), "cancelled");
+        assert_eq!((rx.resumes(&frame[..15]), rx.resumes(b"")), (None, None));
+        assert_eq!(rx.source(), Source::Ring { generation: 5 });
     }
 
     #[test]

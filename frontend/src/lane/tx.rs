@@ -175,6 +175,16 @@ impl TxState {
         self.seal(false, taken)
     }
 
+    /// Ends the stay without a word: nobody is left who would read one, and all bytes have been delivered.
+    pub fn abandon(&mut self) {
+        debug_assert!(self.phase == RING);
+        self.raw = self.off;
+        self.resume = self.off;
+        self.frame_done = REWIND_LEN as u32;
+        self.phase = DRAINING;
+        self.settle();
+    }
+
     /// What must be written to the anchor next.
     pub fn due(&self) -> Due {
         if self.phase != DRAINING {
@@ -278,6 +288,15 @@ mod tests {
         tx.shut();
         let Due::Frame { frame, .. } = tx.due() else { panic!("{:?}", tx.due()) };
         assert_eq!(Rewind::decode(&frame, frame[0]).map(|r| r.last), Some(false));
+    }
+
+    #[test]
+    fn an_abandoned_stay_writes_nothing() {
+        let mut tx = on_ring(4);
+        let wire = tx.wire;
+        tx.confirm();
+        tx.abandon();
+        assert_eq!((tx.phase(), tx.due(), tx.wire, tx.raw), (Ok(Phase::Anchor), Due::Nothing, wire, tx.off));
     }
 
     #[test]

@@ -154,8 +154,12 @@ pub fn wait_writable(anchor: BorrowedFd<'_>, milliseconds: i64) {
 pub fn anchor_decides(conn: &ConnRef, interest: PollFlags) -> PollFlags {
     let endpoint = conn.endpoint();
     let mut decides = PollFlags::empty();
+    if !endpoint.record.is(status::RX_RING) {
+        // The FIN is told as soon as it has come, whatever is unread.
+        decides |= interest & PollFlags::RDHUP;
+    }
     if endpoint.readable().is_none() {
-        decides |= interest & (PollFlags::IN | PollFlags::RDNORM | PollFlags::RDHUP | PollFlags::PRI);
+        decides |= interest & (PollFlags::IN | PollFlags::RDNORM | PollFlags::PRI);
     }
     if endpoint.writable().is_none() && !endpoint.record.is(status::TX_DRAINING) {
         decides |= interest & (PollFlags::OUT | PollFlags::WRNORM);
@@ -212,7 +216,7 @@ pub fn events_now(conn: &ConnRef, interest: PollFlags) -> (PollFlags, bool) {
     let mut said = one[0].revents();
     if said.contains(PollFlags::ERR | PollFlags::HUP) && conn.record().is(status::TX_RING) {
         // Nothing that goes into the ring arrives any more.
-        conn.endpoint().broken();
+        conn.endpoint().found_over();
         events |= ring_events(conn, interest);
     }
     let bits = conn.record().status.load(Ordering::Acquire);
@@ -233,7 +237,7 @@ pub fn events_now(conn: &ConnRef, interest: PollFlags) -> (PollFlags, bool) {
             // Whoever next finds the ring empty looks there.
             conn.kernel_in.store(1, Ordering::Release);
             if said.contains(PollFlags::ERR | PollFlags::HUP) {
-                conn.endpoint().broken();
+                conn.endpoint().found_over();
             }
             said -= PollFlags::IN | PollFlags::RDNORM;
         } else if said.contains(PollFlags::IN) {

@@ -342,7 +342,7 @@ pub fn recv(
                 if let Some(conn) = slot.conn() {
                     if error == Errno::CONNRESET {
                         // The kernel has told it, and will not again.
-                        conn.endpoint().broken();
+                        conn.endpoint().broken(error);
                     }
                     conn.endpoint().tell_later();
                 }
@@ -555,7 +555,13 @@ pub fn appeared(fd: i32, connector: bool) {
 /// `shutdown(2)`.
 pub fn shutdown(fd: i32, read: bool, write: bool) -> Outcome<i32> {
     let Some(conn) = held(fd) else { return Outcome::Bypass };
-    conn.stirring(|| shut(&conn, read, write))
+    let done = conn.stirring(|| shut(&conn, read, write));
+    let endpoint = conn.endpoint();
+    if endpoint.record.is(status::RX_SHUT) && endpoint.record.is(status::TX_SHUT) {
+        // The kernel would answer what still comes with a reset.
+        endpoint.close_reader();
+    }
+    done
 }
 
 fn shut(conn: &ConnRef, read: bool, write: bool) -> Outcome<i32> {
@@ -591,14 +597,23 @@ fn shut(conn: &ConnRef, read: bool, write: bool) -> Outcome<i32> {
 /// Bytes that `FIONREAD` would report, if the connection is not simply the kernel's.
 pub fn unread(fd: i32) -> Option<usize> {
     let conn = held(fd)?;
-    let endpoint = conn.endpoint();
-    let record = endpoint.record;
-    if record.is(status::RX_STATE) { endpoint.unread() } else { None }
+    // Without a lane too: what a stay that has ended delivered already, may come once more.
+    if conn.bound().is_some() { conn.endpoint().unread() } else { None }
 }
 
-/// `SO_ERROR` of a connection that was reset in a way that the kernel does not know of: told once, as from the kernel.
-pub fn error_told(fd: i32) -> bool {
-    held(fd).is_some_and(|conn| conn.record().is(status::BROKEN) && conn.record().take(status::UNTOLD))
+/// `SO_ERROR` of a connection that was reset in a way that the kernel does not know of, or tells no more: told once, as from
+/// the kernel.
+pub fn error_told(fd: i32) -> Option<Errno> {
+    let conn = held(fd)?;
+    let told = conn.record().is(status::BROKEN) && conn.record().take(status::UNTOLD);
+    told.then(|| conn.endpoint().reset_errno())
+}
+
+/// A call that first tells an error that is pending, whatever there is to be received (`recvmmsg`).
+pub fn pending_error(fd: i32) -> Option<Errno> {
+    // SAFETY: the application's descriptor, in a call on it.
+    let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
+    error_told(fd).or_else(|| rustix::net::sockopt::socket_error(anchor).ok()?.err())
 }
 
 /// The application has asked that no fewer bytes be received (`SO_RCVLOWAT`).

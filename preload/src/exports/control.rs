@@ -118,12 +118,13 @@ pub unsafe extern "C" fn getsockopt(
         let real: Getsockopt = std::mem::transmute(GETSOCKOPT.get());
         real(fd, level, name, value, len)
     };
-    if got == 0 && (level, name) == (libc::SOL_SOCKET, libc::SO_ERROR) && socket::error_told(fd) {
+    let asked = got == 0 && (level, name) == (libc::SOL_SOCKET, libc::SO_ERROR);
+    if let Some(error) = if asked { socket::error_told(fd) } else { None } {
         // SAFETY: the kernel has just stored an int there.
         unsafe {
             let place = value.cast::<c_int>();
             if place.read_unaligned() == 0 && *len as usize == size_of::<c_int>() {
-                place.write_unaligned(libc::ECONNRESET);
+                place.write_unaligned(error.raw_os_error());
             }
         }
     }

@@ -196,8 +196,10 @@ hook! { unsafe fn __recv_chk(fd: c_int, buf: *mut c_void, n: size_t, room: size_
 hook! { unsafe fn recvfrom(fd: c_int, buf: *mut c_void, n: size_t, flags: c_int, from: *mut sockaddr, len: *mut socklen_t) -> ssize_t => vs_recvfrom {
     // SAFETY: see above.
     unsafe {
+        // The agent's answer may come meanwhile, and be that it is followed no more.
+        let followed = socket::is_followed(fd);
         let got = receive!(fd, flags, args::buffer(buf, n).as_mut().map(std::slice::from_mut).map_err(|e| *e), real!(recvfrom)(fd, buf, n, flags, from, len));
-        if got >= 0 && !len.is_null() && socket::is_followed(fd) {
+        if got >= 0 && !from.is_null() && !len.is_null() && followed {
             *len = 0;
         }
         got
@@ -227,8 +229,9 @@ unsafe fn received(msg: *const msghdr) {
 hook! { unsafe fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t => vs_recvmsg {
     // SAFETY: see above.
     unsafe {
+        let followed = socket::is_followed(fd);
         let got = receive!(fd, flags, args::of_message(args::scatter((*msg).msg_iov, (*msg).msg_iovlen as c_int)), real!(recvmsg)(fd, msg, flags));
-        if got >= 0 && flags & libc::MSG_ERRQUEUE == 0 && socket::is_followed(fd) {
+        if got >= 0 && flags & libc::MSG_ERRQUEUE == 0 && followed {
             // As TCP: no name, no control data.
             (*msg).msg_namelen = 0;
             (*msg).msg_controllen = 0;
@@ -254,6 +257,11 @@ hook! { unsafe fn recvmmsg(fd: c_int, list: *mut mmsghdr, n: c_uint, flags: c_in
         let limit = args::timespec(timeout);
         let Ok(limit) = limit else { return args::answer(Err(Errno::INVAL)) as c_int };
         let end = limit.map(|limit| std::time::Instant::now() + limit);
+        if flags & libc::MSG_ERRQUEUE == 0
+            && let Some(error) = socket::pending_error(fd)
+        {
+            return args::answer(Err(error)) as c_int;
+        }
         for done in 0..n {
             let message = list.add(done as usize);
             let got = vs_recvmsg(fd, &raw mut (*message).msg_hdr, how);
