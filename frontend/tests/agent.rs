@@ -5,7 +5,7 @@ mod common;
 
 use common::*;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::io::Errno;
+use rustix::io::{Errno, IoSliceMut};
 use rustix::net::SendFlags;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -475,7 +475,6 @@ fn an_answer_that_comes_too_late_costs_nobody_the_session() {
     let (a, _b) = tcp_pair();
     let record = parent.tracked(&a, 0, 0);
     let conn = backend.opened().0;
-    let child = Program::attach(&guest.socket(), parent.id);
     let slab = HostSlab::new(1);
     let ask = |generation| {
         let segment = slab.segment(Side::Zero, Lane::Direct);
@@ -488,6 +487,7 @@ fn an_answer_that_comes_too_late_costs_nobody_the_session() {
     };
     ask(1);
     assert!(matches!(parent.message(), Message::Prepare { generation: 1, .. }));
+    let child = Program::attach(&guest.socket(), parent.id);
     prepare(1).unwrap();
     // Who was asked has the connection no longer, and his preparation is given up.
     parent.say(Message::Closed { record });
@@ -500,6 +500,77 @@ fn an_answer_that_comes_too_late_costs_nobody_the_session() {
     prepare(2).unwrap();
     child.carrier.send(&Message::Prepared { conn: record.into(), generation: 2 }, &[a.as_fd()]).unwrap();
     assert_eq!(backend.message(), Message::Prepared { conn, generation: 2 });
+}
+
+/// A stay has ended, bytes of it are unread, and more has come over the anchor. On a fabric lane what was not acknowledged comes
+/// there once more. For the application it is one queue: one call counts it, peeks at it or receives it.
+#[test]
+fn one_call_reads_across_the_end_of_a_stay() {
+    for (lane, peeks) in
+        [(Lane::Direct, true), (Lane::Direct, false), (Lane::Fabric, true), (Lane::Fabric, false)]
+    {
+        let guest = Guest::new();
+        let backend = Backend::serve(&guest, 1);
+        let program = Program::attach(&guest.socket(), 0);
+        let stay = Stay::begin(&program, &backend, lane);
+        send(stay.far(), &pattern(300)[..200]);
+        stay.far.header().directions[1].reader.confirmed.store(1, Ordering::Release);
+        assert_eq!(stay.far().leave(1), Ok(true));
+        send(stay.far(), &pattern(300)[200..]);
+        let near = stay.near(&program);
+        wait_for("all bytes", || near.unread() == Some(300));
+        let mut room = [0; 400];
+        if peeks {
+            assert_eq!(near.recv(&mut [IoSliceMut::new(&mut room)], true, false), Ok(300), "{lane:?}");
+            assert_eq!(room[..300], pattern(300)[..]);
+            assert_eq!(near.unread(), Some(300));
+        }
+        room = [0; 400];
+        let look = lane == Lane::Fabric;
+        assert_eq!(near.recv(&mut [IoSliceMut::new(&mut room)], false, look), Ok(300), "{lane:?}");
+        assert_eq!(room[..300], pattern(300)[..]);
+        assert_eq!(near.unread(), Some(0));
+    }
+}
+
+/// A fork hands on what is mapped, and no segment of later: so none is prepared while several processes have the connection.
+#[test]
+fn what_several_processes_have_is_not_prepared() {
+    let guest = Guest::new();
+    let backend = Backend::serve(&guest, 1);
+    let parent = Program::attach(&guest.socket(), 0);
+    let (a, _b) = tcp_pair();
+    let record = parent.tracked(&a, 0, 0);
+    let conn = backend.opened().0;
+    let slab = HostSlab::new(1);
+    let ask = |generation| {
+        let segment = slab.segment(Side::Zero, Lane::Direct);
+        backend.carrier.send(&Message::Prepare { conn, generation, segment }, &slab.fds()).unwrap();
+    };
+    let prepared = |generation| {
+        let bound = slab.bind(generation, Side::Zero, Lane::Direct);
+        let (of, anchor) = (parent.record(record), a.as_fd());
+        Endpoint { record: of, anchor, bound: Some(&bound), watchdog: None }.prepare(generation).unwrap();
+        let message = Message::Prepared { conn: record.into(), generation };
+        parent.carrier.send(&message, &[a.as_fd()]).unwrap();
+    };
+    let refused = |generation| Message::Refused { conn, generation, reason: Reason::Busy };
+    let child = Program::attach(&guest.socket(), parent.id);
+    ask(1);
+    assert_eq!(backend.message(), refused(1));
+    child.say(Message::Closed { record });
+    wait_for("one holder", || guest.ask("stat")["programs"][0]["processes"] != 2);
+    // Forked between the question and the answer: the child has no segment either.
+    ask(2);
+    assert!(matches!(parent.message(), Message::Prepare { generation: 2, .. }));
+    let child = Program::attach(&guest.socket(), parent.id);
+    prepared(2);
+    assert_eq!(backend.message(), refused(2));
+    drop(child);
+    ask(3);
+    assert!(matches!(parent.message(), Message::Prepare { generation: 3, .. }));
+    prepared(3);
+    assert_eq!(backend.message(), Message::Prepared { conn, generation: 3 });
 }
 
 /// A program is about to be executed that inherits the connection: without its records and rings it finds the rest of the

@@ -266,9 +266,14 @@ impl Agent {
         segment: &Segment,
         fds: Vec<OwnedFd>,
     ) -> Result<(), Reason> {
+        // A process that was forked just now may not have been heard yet.
+        self.handle_newcomers();
         let session = self.link_session();
-        let conn = self.registry.conns.get(&id).filter(|c| c.ending.is_none());
-        let program = conn.ok_or(Reason::Ending)?.program;
+        let conn = self.registry.conns.get(&id).filter(|c| c.ending.is_none()).ok_or(Reason::Ending)?;
+        if conn.is_shared() {
+            return Err(Reason::Busy);
+        }
+        let program = conn.program;
         let slab = if self.machine.is_some() {
             self.slab_of_machine(program, segment)?
         } else {

@@ -41,7 +41,7 @@ impl Agent {
     }
 
     /// Listens to all who have not said who they are.
-    fn handle_newcomers(&mut self) {
+    pub(super) fn handle_newcomers(&mut self) {
         self.handle_listener_ready();
         let strangers = self.registry.holders.iter().filter(|(_, h)| h.program.is_none());
         let strangers: Vec<u64> = strangers.map(|(id, _)| *id).collect();
@@ -265,6 +265,12 @@ impl Agent {
     }
 
     fn handle_prepared(&mut self, id: u64, generation: u32, fds: Vec<OwnedFd>) -> Result<(), Unexpected> {
+        // Before a fork it may have asked for one more holder, and that may still lie unread.
+        self.handle_newcomers();
+        if self.registry.conns.get(&id).is_some_and(Conn::is_shared) {
+            // One that was forked before the answer may not have the segment.
+            self.handle_unanswered(id);
+        }
         let Some(conn) = self.registry.conns.get_mut(&id) else { return Ok(()) };
         if !matches!(conn.course.stage(), Stage::Preparing { generation: asked, .. } if asked == generation) {
             // Its preparation was given up while the answer was under way.
@@ -464,6 +470,12 @@ impl Program {
 }
 
 impl Conn {
+    /// Whether several processes have it. Only one of them would be asked to prepare, and the others find its segment
+    /// nowhere: a fork hands on what was prepared before it.
+    pub(super) fn is_shared(&self) -> bool {
+        self.holders.len() > 1
+    }
+
     fn new(program: u64, record: u32, holder: u64, tuple: Tuple, cookie: u64, course: Course) -> Self {
         Self {
             program,
