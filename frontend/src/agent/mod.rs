@@ -13,11 +13,13 @@
 //! | `ending` | connections whose program has closed them, or died |
 //! | `parting` | connections that an executed program inherits |
 //! | `report` | what a person asks |
+//! | `established` | the guest's connections, as its kernel knows them |
 
 mod backend;
 mod bells;
 mod course;
 mod ending;
+mod established;
 mod liveness;
 mod machine;
 mod parting;

@@ -2,6 +2,7 @@
 
 use super::Agent;
 use super::course::Stage;
+use super::established;
 use super::registry::{Conn, Registry};
 pub use super::registry::{LaneBytes, TxRx};
 use crate::record::status;
@@ -10,7 +11,6 @@ use rustix::fs::MemfdFlags;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashSet};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use vsocket_channel::message::{Lane, Message, Tuple};
@@ -51,6 +51,9 @@ pub struct Line {
 pub struct Stat {
     /// How many connections.
     pub connections: Connections,
+    /// Whose they are.
+    #[serde(default)]
+    pub programs: Programs,
     /// Why connections were, or are, on TCP: each counts once for each reason.
     pub declined: BTreeMap<String, u64>,
     /// Bytes, of ended connections too.
@@ -77,6 +80,17 @@ pub struct Connections {
     pub direct_total: u64,
     /// Of these, first on a fabric lane.
     pub fabric_total: u64,
+}
+
+/// Who has, or may have, connections.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Programs {
+    /// With records now.
+    pub open: u64,
+    /// Processes of these.
+    pub processes: u64,
+    /// Slabs that these and the agent map.
+    pub slabs: u64,
 }
 
 /// The backend.
@@ -138,6 +152,11 @@ impl Agent {
                 direct_total: totals.direct,
                 fabric_total: totals.fabric,
             },
+            programs: Programs {
+                open: registry.programs.len() as u64,
+                processes: registry.programs.values().map(|p| p.holders.len() as u64).sum(),
+                slabs: registry.programs.values().map(|p| p.slabs.len() as u64).sum(),
+            },
             declined: named(&totals.declined),
             bytes,
             drops: named(&totals.drops),
@@ -169,8 +188,9 @@ fn lines(registry: &Registry) -> Vec<Line> {
         seen.insert(conn.tuple);
         lines.push(line(registry, conn));
     }
-    for (tuple, known) in established() {
-        if known || seen.contains(&tuple) {
+    for tuple in established::tuples() {
+        // One that does not leave the guest needs no word.
+        if tuple.local.ip().is_loopback() || tuple.remote.ip().is_loopback() || seen.contains(&tuple) {
             continue;
         }
         let declined = registry.programs.values().find_map(|p| Some((p, *p.declined.get(&tuple)?)));
@@ -228,59 +248,9 @@ fn line(registry: &Registry, conn: &Conn) -> Line {
     }
 }
 
-/// The guest's established connections, and whether each needs no word (it does not leave the guest).
-fn established() -> Vec<(Tuple, bool)> {
-    let read = |name: &str| std::fs::read_to_string(name).unwrap_or_default();
-    let mut tuples = Vec::new();
-    for table in [read("/proc/self/net/tcp"), read("/proc/self/net/tcp6")] {
-        let of =
-            |line: &str| parse(line).map(|t| (t, t.local.ip().is_loopback() || t.remote.ip().is_loopback()));
-        tuples.extend(table.lines().skip(1).filter_map(of));
-    }
-    tuples
-}
-
-/// A line of `/proc/net/tcp` or `tcp6`, if it is an established connection.
-fn parse(line: &str) -> Option<Tuple> {
-    let mut fields = line.split_ascii_whitespace().skip(1);
-    let (local, remote, state) = (fields.next()?, fields.next()?, fields.next()?);
-    (state == "01").then_some(())?;
-    Some(Tuple::new(address(local)?, address(remote)?))
-}
-
-/// `0100007F:1F90`: 32-bit words in the machine's order, each of the address's bytes in the network's.
-fn address(text: &str) -> Option<SocketAddr> {
-    let (ip, port) = text.split_once(':')?;
-    let port = u16::from_str_radix(port, 16).ok()?;
-    let word = |n: usize| Some(u32::from_str_radix(ip.get(8 * n..8 * n + 8)?, 16).ok()?.to_ne_bytes());
-    let ip = if ip.len() == 8 {
-        IpAddr::V4(Ipv4Addr::from(word(0)?))
-    } else {
-        let mut octets = [0; 16];
-        for (n, chunk) in octets.chunks_exact_mut(4).enumerate() {
-            chunk.copy_from_slice(&word(n)?);
-        }
-        IpAddr::V6(Ipv6Addr::from(octets))
-    };
-    Some(SocketAddr::new(ip, port))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::{TcpListener, TcpStream};
-
-    #[test]
-    fn the_kernels_table_is_understood() {
-        for listen in ["127.0.0.1:0", "[::1]:0"] {
-            let listener = TcpListener::bind(listen).unwrap();
-            let a = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-            let tuple = Tuple::new(a.local_addr().unwrap(), a.peer_addr().unwrap());
-            let found = established();
-            assert!(found.contains(&(tuple, true)), "{tuple:?}");
-            assert!(!found.iter().any(|(t, _)| t.remote.port() == 0), "listeners are not listed");
-        }
-    }
 
     #[test]
     fn the_report_has_the_agreed_shape() {
@@ -292,6 +262,7 @@ mod tests {
                 direct_total: 1,
                 fabric_total: 1,
             },
+            programs: Programs { open: 1, processes: 2, slabs: 3 },
             declined: [("peer-not-open".to_owned(), 3)].into(),
             bytes: LaneBytes::default(),
             drops: BTreeMap::new(),
@@ -300,6 +271,7 @@ mod tests {
         };
         let json = serde_json::to_value(&stat).unwrap();
         assert_eq!(json["connections"]["upgraded_total"], 2);
+        assert_eq!(json["programs"]["processes"], 2);
         assert_eq!(json["bytes"]["fabric"]["rx"], 0);
         assert_eq!(json["declined"]["peer-not-open"], 3);
         assert_eq!(json["backend"]["vni"], 100);

@@ -29,6 +29,8 @@ fn text(stat: &Stat) -> String {
         let (host, slabs, pinned) = (&keeper.host, keeper.slabs, keeper.pinned);
         let _ = writeln!(out, "keeper       {state} at {host}, {slabs} slabs, {pinned} bytes pinned");
     }
+    let p = &stat.programs;
+    let _ = writeln!(out, "programs     {} open, {} processes, {} slabs", p.open, p.processes, p.slabs);
     let _ = writeln!(out, "connections  {} open, {} on a lane", c.open, c.on_lane);
     let _ = writeln!(
         out,
