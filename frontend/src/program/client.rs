@@ -165,7 +165,7 @@ pub fn open(fd: i32, slot: &'static Slot) {
         return;
     }
     client.read();
-    if slot.phase.load(Ordering::Relaxed) > table::WANTED || slot.inside() > 0 {
+    if slot.phase.load(Ordering::Relaxed) != table::WANTED || slot.inside() > 0 {
         return;
     }
     if !kin::is_alone(fd, slot) {

@@ -39,13 +39,14 @@ impl Inside {
     /// The real call has returned.
     pub fn returned(self, n: isize) {
         let Self(slot, fd, direction) = self;
-        slot.leave();
         slot.count(direction, n.max(0) as u64);
+        slot.leave();
         // Not after an error: errno is the application's.
         if n > 0 && client::worth_it(slot) {
             unseen::keeps(fd);
-            slot.phase.store(table::WANTED, Ordering::Release);
-            client::open(fd, slot);
+            if slot.want() {
+                client::open(fd, slot);
+            }
         }
     }
 }

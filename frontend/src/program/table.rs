@@ -135,9 +135,9 @@ impl Slot {
         self.last.store(0, Ordering::Relaxed);
         self.connector.store(u8::from(connector), Ordering::Relaxed);
         self.epoch.fetch_add(1, Ordering::Relaxed);
-        self.seen();
         FOLLOWED.store(true, Ordering::Relaxed);
-        self.phase.store(COUNTED, Ordering::Release);
+        self.phase.store(COUNTED, Ordering::SeqCst);
+        self.seen();
     }
 
     fn number(&self) -> usize {
@@ -149,14 +149,24 @@ impl Slot {
         let number = self.number();
         IN_USE.fetch_max(number as u32 + 1, Ordering::Relaxed);
         FIRST.fetch_min(number as u32, Ordering::Relaxed);
-        MAYBE[number / 64].fetch_or(1 << (number % 64), Ordering::Relaxed);
+        MAYBE[number / 64].fetch_or(1 << (number % 64), Ordering::SeqCst);
     }
 
     /// Every call is the kernel's from now on.
     pub fn leave_alone(&self) {
-        self.phase.store(NONE, Ordering::Release);
+        self.phase.store(NONE, Ordering::SeqCst);
         let number = self.number();
-        MAYBE[number / 64].fetch_and(!(1 << (number % 64)), Ordering::Relaxed);
+        MAYBE[number / 64].fetch_and(!(1 << (number % 64)), Ordering::SeqCst);
+        if self.phase.load(Ordering::SeqCst) != NONE {
+            // The number is in use again already, and its new bit may be what was taken away.
+            self.seen();
+        }
+    }
+
+    /// It has proved worth opening; false if another thread has gone on with it, which must not be undone.
+    pub fn want(&self) -> bool {
+        let was = self.phase.compare_exchange(COUNTED, WANTED, Ordering::AcqRel, Ordering::Acquire);
+        matches!(was, Ok(_) | Err(WANTED))
     }
 
     /// It was worth opening and cannot be now: it is to prove it once more.
@@ -216,8 +226,8 @@ impl Slot {
     /// Puts a connection object into the slot, which takes over the reference.
     pub fn hold(&self, conn: ConnRef) {
         conn.put(&self.conn);
+        self.phase.store(HELD, Ordering::SeqCst);
         self.seen();
-        self.phase.store(HELD, Ordering::Release);
     }
 
     /// Enters the kernel with a call on this descriptor; false if the slot is being turned into a held one: look again.
@@ -283,5 +293,25 @@ impl Slot {
     /// The mode may have changed.
     pub fn forget_mode(&self) {
         self.nonblock.store(0, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_comes_late_does_not_undo_what_has_come_of_a_slot() {
+        let slot = slot(MAX_FDS as i32 - 1).unwrap();
+        assert!(!slot.want(), "not followed");
+        slot.follow(true);
+        assert!(slot.want() && slot.want(), "counted, and wanted already");
+        for phase in [OPENING, HELD] {
+            slot.phase.store(phase, Ordering::Relaxed);
+            assert!(!slot.want());
+            assert_eq!(slot.phase.load(Ordering::Relaxed), phase);
+        }
+        slot.forget();
+        assert!(!slot.want() && !may_follow(MAX_FDS as i32 - 1));
     }
 }
