@@ -48,6 +48,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("preload/src/exports/print.rs", "C entry points, variadic ones and their argument lists"),
     ("preload/src/exports/readiness.rs", "C entry points"),
     ("preload/src/exports/stdio.rs", "C entry points, and glibc's streams"),
+    ("preload/src/exports/thread.rs", "C entry points"),
     ("preload/src/exports/transfer.rs", "C entry points"),
     ("preload/src/exports/unseen.rs", "C entry points, and control blocks of asynchronous I/O"),
     ("preload/src/hook.rs", "C entry points, and the functions that they stand before"),
@@ -125,6 +126,8 @@ const HOOKS: &[(&str, &str)] = &[
     ("vdprintf", "sends, by a symbol of libc's own"),
     ("write", "sends"),
     ("writev", "sends"),
+    // Threads.
+    ("pthread_cancel", "who waits in a served call is to end"),
     // What no hook sees.
     ("aio_read", "glibc reads by a symbol of its own, in another thread"),
     ("aio_read64", "the name of aio_read in programs with large files"),

@@ -3,10 +3,12 @@
 //! The real call is made in frames that hold nothing: a thread that is cancelled in it unwinds through them as through C's, and
 //! neither a guard nor a lock is left behind. What is ours is done before and after, in [`ours`].
 
+use crate::args;
 use libc::{c_int, c_void};
 use std::ffi::CStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicPtr, Ordering};
+use vsocket_frontend::program::cancel;
 
 /// The next function of a name, found once.
 pub struct Next(AtomicPtr<c_void>, &'static CStr);
@@ -37,8 +39,42 @@ unsafe extern "C" {
     fn pthread_setcancelstate(state: c_int, before: *mut c_int) -> c_int;
 }
 
+unsafe extern "C-unwind" {
+    fn pthread_testcancel();
+}
+
+/// `PTHREAD_CANCEL_ENABLE`.
+const ENABLE: c_int = 0;
 /// `PTHREAD_CANCEL_DISABLE`.
 const DISABLE: c_int = 1;
+
+/// This thread's name.
+fn this_thread() -> usize {
+    // SAFETY: only asks.
+    unsafe { libc::pthread_self() as usize }
+}
+
+/// A cancellation point, of a call that is served: a thread that is to end ends here. The caller's frames hold nothing.
+#[inline]
+pub fn point() {
+    if cancel::any() {
+        end_if_cancelled();
+    }
+}
+
+#[cold]
+fn end_if_cancelled() {
+    if Held::new().0 == ENABLE {
+        cancel::unmark(this_thread());
+        // SAFETY: unwinds, if at all, through frames that hold nothing; functions of this ABI lead to the application's.
+        unsafe { pthread_testcancel() };
+    }
+}
+
+/// Whether a served call has ended because its thread is to end: then it is made again, and its [`point`] comes first.
+pub fn is_cancelled(failed: bool) -> bool {
+    failed && cancel::any() && args::errno() == libc::ECANCELED
+}
 
 /// While it lives, this thread is not cancelled.
 pub struct Held(c_int);
@@ -62,8 +98,11 @@ impl Drop for Held {
 
 /// Runs a part of a hook that is ours. No cancellation unwinds through it. `None` if it panicked: then the call is the kernel's.
 pub fn ours<T>(f: impl FnOnce() -> T) -> Option<T> {
-    let _held = Held::new();
-    catch_unwind(AssertUnwindSafe(f)).ok()
+    let held = Held::new();
+    let before = cancel::within(if held.0 == ENABLE { this_thread() } else { 0 });
+    let done = catch_unwind(AssertUnwindSafe(f)).ok();
+    cancel::within(before);
+    done
 }
 
 /// Defines a hook: the symbol, a function of this library's that is called for it, and `real!` for the next of its name.

@@ -10,6 +10,7 @@
 use self::hot::Interest;
 use self::inner::Inner;
 use super::Outcome;
+use super::cancel;
 use super::client::{self, SlabEntry};
 use super::conn::ConnRef;
 use super::table;
@@ -287,7 +288,11 @@ impl EpollSet {
         let (data, flags) = (anchor_data(fd), anchor_flags());
         // SAFETY: the application's descriptor, in a call on it or under its table entry.
         let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
-        self.ours.store(true, Ordering::Release);
+        if !self.ours.swap(true, Ordering::AcqRel) {
+            // The first of ours in this set: who waits there is woken as well.
+            wait::watch_kick(self.as_fd(), TOKEN | KICK);
+            self.watch_control();
+        }
         let exclusive = interest.events as i32 & libc::EPOLLEXCLUSIVE != 0;
         if present && exclusive {
             // What is exclusive cannot be changed.
@@ -431,6 +436,9 @@ impl EpollSet {
             if n > 0 || timeout == Some(Duration::ZERO) || deadline.is_some_and(|d| d <= Instant::now()) {
                 return Ok(n);
             }
+            if cancel::wanted() {
+                return Err(cancel::CANCELLED);
+            }
             let began = Instant::now();
             n = self.spin(out, real, zero)?;
             if n > 0 {
@@ -445,7 +453,7 @@ impl EpollSet {
             client::check_mail();
             let looked = self.look(out, real, zero);
             let told = self.control.load(Ordering::Relaxed);
-            if matches!(looked, Ok(0)) && !told {
+            if matches!(looked, Ok(0)) && !told && !cancel::wanted() {
                 let left = deadline.map(|d| {
                     let left = d.saturating_duration_since(Instant::now());
                     Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) }

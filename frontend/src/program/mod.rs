@@ -7,6 +7,7 @@
 //!
 //! Nothing here writes to the application's standard streams, and no lock is held across a wait.
 
+pub mod cancel;
 pub mod client;
 pub mod conn;
 pub mod descriptors;

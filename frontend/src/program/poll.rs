@@ -1,6 +1,7 @@
 //! Waiting for one descriptor, and `poll`, `ppoll`, `select`, `pselect` over both kinds of descriptor.
 
 use super::Outcome;
+use super::cancel;
 use super::client;
 use super::conn::ConnRef;
 use super::table::{self, Slot};
@@ -110,6 +111,9 @@ pub fn wait_one(fd: i32, slot: &'static Slot, want: Want, deadline: Option<Insta
     let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
     let set = asleep.as_fd();
     let mut fds = [PollFd::from_borrowed_fd(anchor, events), PollFd::from_borrowed_fd(set, PollFlags::IN)];
+    if cancel::wanted() {
+        return done(Err(cancel::CANCELLED));
+    }
     let polled = rustix::event::poll(&mut fds, remaining(deadline).as_ref());
     let said = fds[0].revents();
     if !fds[1].revents().is_empty() {
@@ -387,7 +391,9 @@ fn serve(
             }
         }
         let mail = client::mail_waits();
-        let slept = if mail || ring_now(fds) {
+        let slept = if cancel::wanted() {
+            Err(cancel::CANCELLED)
+        } else if mail || ring_now(fds) {
             Ok(1)
         } else {
             for (i, conn) in &conns {

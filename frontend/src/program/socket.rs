@@ -1,6 +1,7 @@
 //! Calls on one descriptor: sending, receiving, closing, duplicating.
 
 use super::Outcome;
+use super::cancel;
 use super::client;
 use super::conn::ConnRef;
 use super::epoll;
@@ -97,6 +98,7 @@ fn wait_outside(fd: i32, slot: &'static Slot) -> Result<(), Errno> {
     while counted() {
         match poll::wait_one(fd, slot, Want::Read, None) {
             Ok(true) => return Ok(()),
+            Err(cancel::CANCELLED) => return Err(cancel::CANCELLED),
             Err(Errno::INTR) if !kernel::calls_are_restarted() => return Err(Errno::INTR),
             _ => {}
         }

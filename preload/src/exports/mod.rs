@@ -7,5 +7,6 @@ mod number;
 mod print;
 mod readiness;
 mod stdio;
+mod thread;
 mod transfer;
 mod unseen;

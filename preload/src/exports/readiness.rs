@@ -1,12 +1,12 @@
 //! Waiting for descriptors.
 
 use crate::args;
-use crate::hook::ours;
+use crate::hook::{ours, point};
 use libc::{c_int, epoll_event, fd_set, nfds_t, pollfd, sigset_t, size_t, timespec, timeval};
 use rustix::event::Timespec;
 use rustix::io::Errno;
 use std::time::Duration;
-use vsocket_frontend::program::{Outcome, epoll, poll as polling, socket};
+use vsocket_frontend::program::{Outcome, cancel, epoll, poll as polling, socket};
 
 // SAFETY, for every hook of this file: the arguments are the application's own, valid as the C function's contract says;
 // they are only handed on, or made into slices that end with the call.
@@ -21,6 +21,18 @@ unsafe fn real_ppoll(
     let limit = left.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
     // SAFETY: a valid list and time-out of our own; the mask is the application's or null.
     args::result(unsafe { real!(ppoll)(list.as_mut_ptr(), list.len() as nfds_t, limit, mask) })
+}
+
+/// Serves a wait, and once more if it ended for a cancellation that did not come; `None` if it is the kernel's.
+fn again(mut served: impl FnMut() -> Option<Outcome<usize>>) -> Option<c_int> {
+    loop {
+        point();
+        match served() {
+            Some(Outcome::Done(Err(cancel::CANCELLED))) => {}
+            Some(Outcome::Done(result)) => return Some(args::answer(result) as c_int),
+            _ => return None,
+        }
+    }
 }
 
 /// Serves a poll; `None` if it is the kernel's.
@@ -40,10 +52,7 @@ unsafe fn serve_poll(
     if !polling::concerns(list) {
         return None;
     }
-    match ours(|| polling::poll(list, timeout, real)) {
-        Some(Outcome::Done(result)) => Some(args::answer(result) as c_int),
-        _ => None,
-    }
+    again(|| ours(|| polling::poll(list, timeout, real)))
 }
 
 hook! { unsafe fn poll(fds: *mut pollfd, n: nfds_t, timeout: c_int) -> c_int => vs_poll {
@@ -96,16 +105,16 @@ hook! { unsafe fn select(n: c_int, r: *mut fd_set, w: *mut fd_set, e: *mut fd_se
         }
         let deadline = polling::deadline(timeout);
         let real = |l: &mut [pollfd], left| real_ppoll(l, left, std::ptr::null());
-        match ours(|| polling::select(n, [r, w, e], timeout, real)) {
-            None | Some(Outcome::Bypass) => real!(select)(n, r, w, e, limit),
-            Some(Outcome::Done(result)) => {
+        match again(|| ours(|| polling::select(n, [r, w, e], timeout, real))) {
+            None => real!(select)(n, r, w, e, limit),
+            Some(answer) => {
                 if let (Some(limit), Some(deadline)) = (limit.as_mut(), deadline) {
                     // As Linux does: the time that was left.
                     let left = deadline.saturating_duration_since(std::time::Instant::now());
                     limit.tv_sec = left.as_secs() as i64;
                     limit.tv_usec = i64::from(left.subsec_micros());
                 }
-                args::answer(result) as c_int
+                answer
             }
         }
     }
@@ -119,10 +128,8 @@ hook! { unsafe fn pselect(n: c_int, r: *mut fd_set, w: *mut fd_set, e: *mut fd_s
             return real!(pselect)(n, r, w, e, limit, mask);
         };
         let real = |l: &mut [pollfd], left| real_ppoll(l, left, mask);
-        match ours(|| polling::select(n, [r, w, e], timeout, real)) {
-            None | Some(Outcome::Bypass) => real!(pselect)(n, r, w, e, limit, mask),
-            Some(Outcome::Done(result)) => args::answer(result) as c_int,
-        }
+        let served = again(|| ours(|| polling::select(n, [r, w, e], timeout, real)));
+        served.unwrap_or_else(|| real!(pselect)(n, r, w, e, limit, mask))
     }
 } }
 
@@ -169,10 +176,7 @@ unsafe fn serve_wait(
     let list = unsafe { std::slice::from_raw_parts_mut(out, n as usize) };
     // SAFETY: the mask is the application's.
     let real = |l: &mut [epoll_event], left| unsafe { real_epoll(set, l, left, mask) };
-    match ours(|| epoll::wait(set, list, timeout, real)) {
-        Some(Outcome::Done(result)) => Some(args::answer(result) as c_int),
-        _ => None,
-    }
+    again(|| ours(|| epoll::wait(set, list, timeout, real)))
 }
 
 hook! { unsafe fn epoll_wait(set: c_int, out: *mut epoll_event, n: c_int, timeout: c_int) -> c_int => vs_epoll_wait {

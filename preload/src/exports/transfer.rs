@@ -1,7 +1,7 @@
 //! Sending and receiving.
 
 use crate::args;
-use crate::hook::ours;
+use crate::hook::{is_cancelled, ours, point};
 use libc::{
     c_int, c_uint, c_void, iovec, mmsghdr, msghdr, off_t, size_t, sockaddr, socklen_t, ssize_t, timespec,
 };
@@ -37,8 +37,10 @@ macro_rules! receive {
         if !socket::is_followed($fd) {
             $real
         } else {
+            loop {
+            point();
             let route = ours(|| socket::receiving($fd, RecvFlags::from_bits_retain($flags as c_uint)));
-            match route.unwrap_or(Ok(Route::Kernel)) {
+            let n = match route.unwrap_or(Ok(Route::Kernel)) {
                 Err(error) => args::answer(Err(error)),
                 Ok(Route::Kernel) => $real,
                 // Urgent bytes and completions of sends are queues of the kernel's own, whatever lane the stream is on.
@@ -53,6 +55,10 @@ macro_rules! receive {
                     let served = ours(|| args::answer($bufs.and_then(|bufs| socket::recv($fd, slot, bufs, flags))));
                     served.unwrap_or_else(|| $real)
                 }
+            };
+            if !is_cancelled(n < 0) {
+                break n;
+            }
             }
         }
     };
@@ -71,20 +77,26 @@ macro_rules! transmit {
         if !socket::is_followed($fd) {
             $real
         } else {
-            match ours(|| socket::sending($fd)).unwrap_or(Route::Kernel) {
-                Route::Kernel => $real,
-                Route::Counted(inside) => {
-                    let n = counted!(inside, $real);
-                    ours(|| inside.returned(n));
-                    n
-                }
-                Route::Served(slot) => {
-                    let flags = SendFlags::from_bits_retain($flags as c_uint);
-                    let quiet = $flags & libc::MSG_NOSIGNAL != 0;
-                    let served = ours(|| {
-                        args::sent($bufs.and_then(|bufs| socket::send($fd, slot, bufs, flags)), quiet)
-                    });
-                    served.unwrap_or_else(|| $real)
+            loop {
+                point();
+                let n = match ours(|| socket::sending($fd)).unwrap_or(Route::Kernel) {
+                    Route::Kernel => $real,
+                    Route::Counted(inside) => {
+                        let n = counted!(inside, $real);
+                        ours(|| inside.returned(n));
+                        n
+                    }
+                    Route::Served(slot) => {
+                        let flags = SendFlags::from_bits_retain($flags as c_uint);
+                        let quiet = $flags & libc::MSG_NOSIGNAL != 0;
+                        let served = ours(|| {
+                            args::sent($bufs.and_then(|bufs| socket::send($fd, slot, bufs, flags)), quiet)
+                        });
+                        served.unwrap_or_else(|| $real)
+                    }
+                };
+                if !is_cancelled(n < 0) {
+                    break n;
                 }
             }
         }

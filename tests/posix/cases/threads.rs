@@ -1,6 +1,10 @@
 //! Several threads on one connection.
 
 use super::Group;
+
+#[path = "cancel.rs"]
+mod cancel;
+
 use crate::pair::Pair;
 use crate::sys::{self, Ret};
 use libc::c_int;
@@ -123,41 +127,35 @@ pub fn group() -> Group {
         let got = waits.join().unwrap_or(Ret(-3, 0));
         p.call("epoll_wait", got);
     });
-    group
-        .case("7.40", "cancel/a thread that waits in recv", |p| {
-            // A cancellation unwinds through these frames.
-            extern "C-unwind" fn wait(fd: *mut libc::c_void) -> *mut libc::c_void {
-                // SAFETY: the buffer outlives the call.
-                unsafe { recv_unwinding(fd as usize as c_int, [0u8; 8].as_mut_ptr(), 8, 0) };
-                std::ptr::null_mut()
-            }
-            type Begins = extern "C" fn(*mut libc::c_void) -> *mut libc::c_void;
-            unsafe extern "C-unwind" {
-                #[link_name = "recv"]
-                fn recv_unwinding(fd: c_int, buf: *mut u8, n: usize, flags: c_int) -> isize;
-            }
-            unsafe extern "C" {
-                fn pthread_cancel(thread: libc::pthread_t) -> c_int;
-            }
-            // SAFETY: the function ends with the cancellation, and holds nothing that is lost by it.
-            let (made, cancelled, joined) = unsafe {
-                let mut thread: libc::pthread_t = std::mem::zeroed();
-                let fd = p.near as usize as *mut libc::c_void;
-                let begins = std::mem::transmute::<*const (), Begins>(wait as *const ());
-                let made = libc::pthread_create(&raw mut thread, std::ptr::null(), begins, fd);
-                std::thread::sleep(Duration::from_millis(25));
-                let cancelled = pthread_cancel(thread);
-                let timed = libc::timespec { tv_sec: i64::MAX / 4, tv_nsec: 0 };
-                let mut value = std::ptr::null_mut();
-                let joined = libc::pthread_timedjoin_np(thread, &raw mut value, &raw const timed);
-                (made, cancelled, joined)
-            };
-            p.note(format_args!("{made} {cancelled} {joined}"));
-            p.receives(5);
-            p.recv(8, 0);
-            p.send(5, 0);
-            p.far_says("take", &[5]);
-        })
-        .open = Some("a cancellation cannot unwind through the hooks");
+    for (name, waits) in cancel::WAYS {
+        group.case("7.40", &format!("cancel/a thread that waits in {name}"), move |p| {
+            cancel::waiting(p, waits)
+        });
+    }
+    group.case("7.40", "cancel/a thread that waits in send", |p| {
+        p.fill();
+        let fd = p.near;
+        p.note(cancel::ended(cancel::sends, fd, Duration::from_millis(25)));
+        p.polled(libc::POLLOUT);
+    });
+    group.case("7.40", "cancel/before the call, with data", |p| {
+        p.receives(5);
+        let fd = p.near;
+        p.note(cancel::ended(cancel::late, fd, Duration::ZERO));
+        p.recv(8, 0);
+    });
+    group.case("7.40", "cancel/not while it is disabled", |p| {
+        let fd = p.near;
+        p.far("later send", &[5, 0]);
+        p.note(cancel::ended(cancel::disabled, fd, Duration::ZERO));
+        p.receives(6);
+        p.recv(9, 0);
+    });
+    group.case("7.40", "cancel/a thread that waits for something else", |p| {
+        p.note(cancel::ended(cancel::receives, sys::pipe()[0], Duration::from_millis(25)));
+        p.note(cancel::ended(cancel::reads, sys::pipe()[0], Duration::from_millis(25)));
+        p.receives(6);
+        p.recv(9, 0);
+    });
     group
 }
