@@ -176,6 +176,18 @@ pub fn group() -> Group {
         p.polled(libc::POLLIN | libc::POLLOUT | libc::POLLRDHUP);
         p.take(11);
     });
+    group.case("7.11", "the far end/shuts, then closes with unread data", |p| {
+        p.send(10, 0);
+        p.far("arrived", &[10]);
+        p.far_says("shutdown", &[libc::SHUT_WR.into()]);
+        p.until_end();
+        p.far_says("close", &[]);
+        p.until_reset();
+        p.recv(8, 0);
+        p.send(5, libc::MSG_NOSIGNAL);
+        p.send(5, libc::MSG_NOSIGNAL);
+        p.recv(8, 0);
+    });
     group.case("7.11", "the far end/closes with unread data", |p| {
         p.send(10, 0);
         p.far("arrived", &[10]);
