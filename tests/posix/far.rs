@@ -3,6 +3,7 @@
 //! Over a UNIX socket come lines of a verb and numbers; each is answered by a line, before it is done if the verb is
 //! `later`. It waits nowhere longer than [`sys::SOON`].
 
+use crate::lanes;
 use crate::sys::{self, Ret};
 use libc::c_int;
 use std::collections::HashMap;
@@ -149,6 +150,10 @@ fn on(verb: &str, fd: c_int, [a, b, c]: [i64; 3], sent: &mut u64, got: &mut u64)
             let n = sys::recv(fd, &mut room, b as c_int);
             format!("{n} {}", sys::show(&room[..n.0.max(0) as usize]))
         }
+        // What this end's agent says of the connection.
+        "lanes" => lanes::agent().map_or_else(String::new, |lanes| {
+            format!("{} {}", lanes.of(&sys::name(fd, false), &sys::name(fd, true)), lanes.declined())
+        }),
         // What was sent so far is not part of the case's stream.
         "again" => {
             (*sent, *got) = (0, 0);

@@ -132,9 +132,12 @@ impl Pair {
                 lanes.begin();
                 return Ok(());
             }
+            // The agent has other things to do than to answer.
+            std::thread::sleep(std::time::Duration::from_millis(3));
         }
         let why = self.lanes.as_ref().map(Lanes::declined).unwrap_or_default();
-        Err(format!("does not come to its lane: {last} {why}"))
+        let far = self.far.ask(&format!("lanes {}", self.peer));
+        Err(format!("does not come to its lane: {last} {why}; the far end: {far}"))
     }
 
     /// Ends what is left: the counters of the case.

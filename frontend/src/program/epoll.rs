@@ -23,14 +23,18 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+pub(super) use self::nested::LOOKS;
+pub use self::nested::{is_edged, is_set_of_ours, refresh};
+
 mod hot;
 mod inner;
+mod nested;
 #[cfg(test)]
 mod tests;
 
 /// Kernel readiness is looked at in a busy set at least this often.
 const KERNEL_TURN: Duration = Duration::from_micros(50);
-/// Upper half of our tokens; the lower half is a descriptor number, a slab's from `BELLS` on, or one of the last two.
+/// Upper half of our tokens; the lower half is a descriptor number, a slab's from `BELLS` on, or one of the last few.
 const TOKEN: u64 = 0xd35a_9e1c_0000_0000;
 const TOKEN_MASK: u64 = 0xffff_ffff_0000_0000;
 const KICK: u64 = 0xffff_ffff;
@@ -58,6 +62,10 @@ pub struct EpollSet {
     stirred: Mutex<Vec<(i32, u32)>>,
     /// There are such.
     stir: AtomicBool,
+    /// Something else watches it: another set, `poll`, `select`.
+    is_watched: AtomicBool,
+    /// There may be sets in it.
+    nests: AtomicBool,
 }
 
 /// All sets, for what concerns a descriptor in each of them.
@@ -98,6 +106,7 @@ pub fn closed_set(fd: i32) {
     if let Ok(mut inner) = set.inner.lock() {
         *inner = Inner::new(set.bell);
     }
+    nested::closed(set);
     wait::return_bell(set.bell);
 }
 
@@ -114,7 +123,7 @@ fn each_set(mut f: impl FnMut(&'static EpollSet, MutexGuard<'_, Inner>)) {
 pub fn watch_control(fd: i32) {
     each_set(|set, inner| {
         if inner.plain.contains_key(&fd) {
-            set.watch_control();
+            set.watch_control(&inner);
         }
     });
 }
@@ -123,7 +132,7 @@ pub fn watch_control(fd: i32) {
 pub fn hold(fd: i32, conn: &ConnRef) {
     each_set(|set, mut inner| {
         if let Some(interest) = inner.plain.remove(&fd) {
-            set.watch_control();
+            set.watch_control(&inner);
             let _ = set.register(&mut inner, fd, conn, interest, true);
         }
     });
@@ -147,7 +156,7 @@ pub fn forget_fd(fd: i32) {
             // The agent's duplicate would keep the registration alive after the close.
             // SAFETY: the application's descriptor, which it is closing just now.
             let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
-            let _ = epoll::delete(set.as_fd(), anchor);
+            let _ = epoll::delete(set.home(&inner), anchor);
         }
     });
 }
@@ -161,8 +170,9 @@ pub fn keep(fd: i32, conn: &ConnRef) {
         // SAFETY: the application's descriptor, which it is closing just now.
         let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
         let twin = inner.hot(at).is_wanted().then(|| super::descriptors::twin(anchor)).flatten();
-        let _ = epoll::delete(set.as_fd(), anchor);
-        let Some(twin) = twin.filter(|twin| set.watch_anchor(twin.as_fd()).is_ok()) else {
+        let home = set.home(&inner);
+        let _ = epoll::delete(home, anchor);
+        let Some(twin) = twin.filter(|twin| watch_anchor(home, twin.as_fd()).is_ok()) else {
             inner.remove(fd);
             return;
         };
@@ -176,8 +186,9 @@ pub fn forget_kept(conn: &ConnRef) {
     for member in conn.members() {
         let Ok(mut inner) = member.set.inner.lock() else { continue };
         if let Some(at) = inner.find(member.fd).filter(|at| inner.hot(*at).names(&raw const **conn)) {
+            let home = member.set.home(&inner);
             if let Some(twin) = inner.hot(at).twin() {
-                let _ = epoll::delete(member.set.as_fd(), twin);
+                let _ = epoll::delete(home, twin);
             }
             inner.remove(member.fd);
         }
@@ -187,10 +198,14 @@ pub fn forget_kept(conn: &ConnRef) {
 /// `epoll_ctl`. Says whether it was served; a call on a descriptor that is followed but has no connection object is
 /// remembered, and must be made as well.
 pub fn ctl(epfd: i32, op: i32, fd: i32, event: Option<(u32, u64)>) -> Outcome<i32> {
+    let interest = event.map(|(events, data)| Interest { events, data });
+    if let (Some(child), Some(set)) = (set_of(fd), set_of(epfd)) {
+        nested::ctl(set, op, fd, child, interest);
+        return Outcome::Bypass;
+    }
     let Some(slot) = table::followed(fd) else { return Outcome::Bypass };
     let Some(set) = set_of(epfd) else { return Outcome::Bypass };
     let Ok(mut inner) = set.inner.lock() else { return Outcome::Bypass };
-    let interest = event.map(|(events, data)| Interest { events, data });
     if interest.is_none() && matches!(op, libc::EPOLL_CTL_ADD | libc::EPOLL_CTL_MOD) {
         return Outcome::Done(Err(Errno::FAULT));
     }
@@ -218,7 +233,7 @@ pub fn ctl(epfd: i32, op: i32, fd: i32, event: Option<(u32, u64)>) -> Outcome<i3
                 (libc::EPOLL_CTL_ADD | libc::EPOLL_CTL_MOD, Some(interest)) => {
                     inner.plain.insert(fd, interest);
                     if slot.phase.load(Ordering::Relaxed) == table::OPENING {
-                        set.watch_control();
+                        set.watch_control(&inner);
                     }
                 }
                 _ => {
@@ -244,6 +259,8 @@ impl EpollSet {
             inner: Mutex::new(Inner::new(bell)),
             stirred: Mutex::default(),
             stir: AtomicBool::new(false),
+            is_watched: AtomicBool::new(false),
+            nests: AtomicBool::new(false),
         }
     }
 
@@ -252,11 +269,11 @@ impl EpollSet {
         unsafe { BorrowedFd::borrow_raw(self.fd) }
     }
 
-    fn watch_control(&self) {
+    fn watch_control(&self, inner: &Inner) {
         if let Some(control) = client::control() {
             self.ours.store(true, Ordering::Release);
-            wait::watch(self.as_fd(), control, TOKEN | CONTROL);
-            wait::watch_kick(self.as_fd(), TOKEN | KICK);
+            wait::watch(self.home(inner), control, TOKEN | CONTROL);
+            wait::watch_kick(self.home(inner), TOKEN | KICK);
         }
     }
 
@@ -294,24 +311,20 @@ impl EpollSet {
             self.watch_control();
         }
         let exclusive = interest.events as i32 & libc::EPOLLEXCLUSIVE != 0;
-        if present && exclusive {
+        self.settle_down(inner);
+        if present && (exclusive || inner.nest.is_some()) {
             // What is exclusive cannot be changed.
             epoll::delete(self.as_fd(), anchor)?;
-            epoll::add(self.as_fd(), anchor, data, flags)?;
+            epoll::add(self.home(inner), anchor, data, flags)?;
         } else if present {
             epoll::modify(self.as_fd(), anchor, data, flags)?;
         } else {
-            epoll::add(self.as_fd(), anchor, data, flags)?;
+            epoll::add(self.home(inner), anchor, data, flags)?;
         }
         let member = conn.join(self, fd);
         let at = inner.insert(fd, conn, interest, member);
         self.hear(inner, at, conn);
         Ok(())
-    }
-
-    /// Registers an anchor, under its own number.
-    fn watch_anchor(&self, anchor: BorrowedFd<'_>) -> Result<(), Errno> {
-        epoll::add(self.as_fd(), anchor, anchor_data(anchor.as_raw_fd()), anchor_flags())
     }
 
     /// Hears the doorbell of the connection's slab.
@@ -320,23 +333,14 @@ impl EpollSet {
         bound.header().waiters[bound.side.index()].mask.fetch_or(1 << self.bell, Ordering::Relaxed);
         let (slab, new) = inner.join(at, bound, &entry, self.last_turn());
         if new {
-            self.watch_bell(&entry, slab);
+            let home = self.home(inner);
+            watch_bell(home, &entry, self.bell, slab);
             for gone in inner.sweep() {
-                let _ = gone.own.get(self.bell).map(|eventfd| epoll::delete(self.as_fd(), eventfd));
+                let _ = gone.own.get(self.bell).map(|eventfd| epoll::delete(home, eventfd));
             }
         }
         if inner.sleepers > 0 {
             wait::kick();
-        }
-    }
-
-    fn watch_bell(&self, entry: &SlabEntry, slab: u32) {
-        let Some(eventfd) = entry.own.get(self.bell) else { return };
-        let data = epoll::EventData::new_u64(TOKEN | BELLS | u64::from(slab));
-        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
-        if epoll::add(self.as_fd(), eventfd, data, flags) == Err(Errno::EXIST) {
-            // From a time when the slab had another number here.
-            let _ = epoll::modify(self.as_fd(), eventfd, data, flags);
         }
     }
 
@@ -374,22 +378,30 @@ impl EpollSet {
     /// Takes the kernel's events: ours become edges of connections, the application's are reported.
     fn sift(&self, inner: &mut Inner, out: &mut [libc::epoll_event], n: usize) -> usize {
         let mut kept = 0;
+        let nests = self.nests.load(Ordering::Relaxed);
         for i in 0..n {
             let event = out[i];
             let (data, events) = (event.u64, event.events);
-            if data & TOKEN_MASK != TOKEN {
+            if data & TOKEN_MASK == TOKEN {
+                self.take(inner, data, events);
+            } else if !nests || !self.is_in_vain(inner, data) {
                 out[kept] = event;
                 kept += 1;
-                continue;
             }
-            if data == TOKEN | CONTROL {
-                self.control.store(true, Ordering::Relaxed);
-                continue;
-            }
-            let number = data & !TOKEN_MASK;
-            if (BELLS..CONTROL).contains(&number) {
-                inner.rung((number - BELLS) as u32, self.last_turn());
-            } else if let Some(at) = inner.find(number as i32) {
+        }
+        kept
+    }
+
+    /// Takes an event that is ours.
+    fn take(&self, inner: &mut Inner, data: u64, events: u32) {
+        let number = data & !TOKEN_MASK;
+        match number {
+            CONTROL => self.control.store(true, Ordering::Relaxed),
+            KICK => {}
+            nested::HOME => self.empty_home(inner),
+            BELLS..CONTROL => inner.rung((number - BELLS) as u32, self.last_turn()),
+            _ => {
+                let Some(at) = inner.find(number as i32) else { return };
                 inner.watch(at);
                 let conn = &inner.hot(at).conn;
                 let bits = events as i32;
@@ -401,7 +413,6 @@ impl EpollSet {
                 }
             }
         }
-        kept
     }
 }
 
@@ -413,7 +424,7 @@ pub fn wait(
     mut real: impl FnMut(&mut [libc::epoll_event], Option<Timespec>) -> Result<usize, Errno>,
 ) -> Outcome<usize> {
     client::check_mail();
-    let Some(set) = set_of(epfd).filter(|s| s.ours.load(Ordering::Acquire)) else { return Outcome::Bypass };
+    let Some(set) = set_of(epfd).filter(|s| s.concerns_us(nested::DEEPEST)) else { return Outcome::Bypass };
     if out.is_empty() {
         return Outcome::Bypass;
     }
@@ -449,6 +460,7 @@ impl EpollSet {
             inner.sleepers += 1;
             inner.announce();
             let known = inner.registrations();
+            inner.rest();
             drop(inner);
             client::check_mail();
             let looked = self.look(out, real, zero);
@@ -505,6 +517,7 @@ impl EpollSet {
         real: Real<'_>,
         zero: Option<Timespec>,
     ) -> Result<usize, Errno> {
+        self.refresh_children(nested::DEEPEST);
         let mut inner = self.looking()?;
         if self.crowded.swap(false, Ordering::Relaxed) {
             let n = self.harvest(&mut inner, out, true);
@@ -574,6 +587,22 @@ impl EpollSet {
         }
         wait::learn(&self.spin, false);
         Ok(0)
+    }
+}
+
+/// Registers an anchor with a kernel's set, under its own number.
+fn watch_anchor(home: BorrowedFd<'_>, anchor: BorrowedFd<'_>) -> Result<(), Errno> {
+    epoll::add(home, anchor, anchor_data(anchor.as_raw_fd()), anchor_flags())
+}
+
+/// Registers a slab's bell with a kernel's set.
+fn watch_bell(home: BorrowedFd<'_>, entry: &SlabEntry, bell: usize, slab: u32) {
+    let Some(eventfd) = entry.own.get(bell) else { return };
+    let data = epoll::EventData::new_u64(TOKEN | BELLS | u64::from(slab));
+    let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+    if epoll::add(home, eventfd, data, flags) == Err(Errno::EXIST) {
+        // From a time when the slab had another number here.
+        let _ = epoll::modify(home, eventfd, data, flags);
     }
 }
 

@@ -4,6 +4,7 @@ use super::Outcome;
 use super::cancel;
 use super::client;
 use super::conn::ConnRef;
+use super::epoll;
 use super::table::{self, Slot};
 use super::wait::{self, Asleep, Spin};
 use crate::kernel;
@@ -218,6 +219,13 @@ pub fn events_now(conn: &ConnRef, interest: PollFlags) -> (PollFlags, bool) {
     }
     let mut pending = false;
     let mut said = one[0].revents();
+    if said & (PollFlags::ERR | PollFlags::HUP) == PollFlags::ERR {
+        // The kernel shows a reset's error first, and the state that comes with it a moment later.
+        rustix::thread::sched_yield();
+        if rustix::event::poll(&mut one, Some(&zero)).unwrap_or(0) > 0 {
+            said = one[0].revents();
+        }
+    }
     if said.contains(PollFlags::ERR | PollFlags::HUP) && conn.record().is(status::TX_RING) {
         // Nothing that goes into the ring arrives any more.
         conn.endpoint().found_over();
@@ -312,7 +320,8 @@ pub fn poll(
     let phase = |fd: i32| table::slot(fd).map_or(table::NONE, |s| s.phase.load(Ordering::Acquire));
     // Beside other threads, a wait inside the kernel would keep them from opening a connection.
     let least = if kernel::single_threaded() { table::WANTED } else { table::COUNTED };
-    let special = fds.iter().any(|p| phase(p.fd) >= least);
+    let sets = fds.iter().filter(|p| epoll::is_set_of_ours(p.fd)).count();
+    let special = sets > 0 || fds.iter().any(|p| phase(p.fd) >= least);
     if !special {
         let counted = fds.iter().filter(|p| phase(p.fd) == table::COUNTED);
         let slots: Vec<_> = counted.filter_map(|p| table::slot(p.fd)).collect();
@@ -348,7 +357,13 @@ fn serve(
         let look = |fds: &mut [libc::pollfd],
                     kernel: &mut [libc::pollfd],
                     real: &mut dyn FnMut(&mut [libc::pollfd]) -> Result<usize, Errno>| {
-            real(kernel)?;
+            for _ in 0..epoll::LOOKS {
+                fds.iter().for_each(|p| epoll::refresh(p.fd));
+                real(kernel)?;
+                if !kernel.iter().any(|k| k.fd >= 0 && k.revents != 0 && epoll::is_edged(k.fd)) {
+                    break;
+                }
+            }
             for (p, k) in fds.iter_mut().zip(kernel.iter()) {
                 p.revents = if k.fd < 0 { 0 } else { k.revents };
             }
@@ -453,7 +468,7 @@ pub fn select(
             list.push(libc::pollfd { fd, events, revents: 0 });
         }
     }
-    if !list.iter().any(|p| table::followed(p.fd).is_some()) {
+    if !list.iter().any(|p| table::followed(p.fd).is_some() || epoll::is_set_of_ours(p.fd)) {
         return Outcome::Bypass;
     }
     let result = match poll(&mut list, timeout, real) {

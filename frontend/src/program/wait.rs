@@ -202,6 +202,13 @@ pub fn watch_kick(set: impl AsFd, data: u64) {
     }
 }
 
+/// Takes the kick out of a set.
+pub fn unwatch_kick(set: impl AsFd) {
+    if let Some(fd) = kick_fd() {
+        let _ = epoll::delete(set, fd);
+    }
+}
+
 /// What a waiter's set says of the control socket.
 const CONTROL: u64 = 1;
 

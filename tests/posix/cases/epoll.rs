@@ -237,57 +237,117 @@ pub fn group() -> Group {
             waits(p, set);
         }
     });
-    group
-        .case("7.21", "a set in a set/level", |p| {
-            let inner = Set::of(p.near, IN);
-            let outer = Set::of(inner.0, IN);
-            waits(p, &outer);
-            p.receives(5);
-            waits(p, &outer);
-            waits(p, &outer);
-            waits(p, &inner);
-            drained(p);
-            waits(p, &outer);
-        })
-        .open = Some(
-        "the set's readiness is worked out from rings, and the kernel, which watches the set, does not see it",
-    );
-    group
-        .case("7.21", "a set in a set/data comes later", |p| {
-            let inner = Set::of(p.near, IN);
-            let outer = Set::of(inner.0, IN);
-            p.far("later send", &[5, 0]);
-            let said = outer.wait(8, 4000);
-            p.note(said);
-        })
-        .open = Some(
-        "the set's readiness is worked out from rings, and the kernel, which watches the set, does not see it",
-    );
-    group
-        .case("7.21", "a set in poll/data", |p| {
-            let set = Set::of(p.near, IN);
-            let before = sys::poll(set.0, libc::POLLIN, 0);
-            p.call(format_args!("poll {:#x}", before.1), before.0);
-            p.receives(5);
-            let after = sys::poll(set.0, libc::POLLIN, 0);
-            p.call(format_args!("poll {:#x}", after.1), after.0);
-            drained(p);
-            let after = sys::poll(set.0, libc::POLLIN, 0);
-            p.call(format_args!("poll {:#x}", after.1), after.0);
-        })
-        .open = Some(
-        "the set's readiness is worked out from rings, and the kernel, which watches the set, does not see it",
-    );
-    group
-        .case("7.21", "a set in poll/data comes later", |p| {
-            let set = Set::of(p.near, IN);
-            p.far("later send", &[5, 0]);
-            let after = sys::poll(set.0, libc::POLLIN, 4000);
-            p.call(format_args!("poll {:#x}", after.1), after.0);
-        })
-        .open = Some(
-        "the set's readiness is worked out from rings, and the kernel, which watches the set, does not see it",
-    );
+    group.case("7.21", "a set in a set/level", |p| {
+        let inner = Set::of(p.near, IN);
+        let outer = Set::of(inner.0, IN);
+        waits(p, &outer);
+        p.receives(5);
+        waits(p, &outer);
+        waits(p, &outer);
+        waits(p, &inner);
+        drained(p);
+        waits(p, &outer);
+    });
+    group.case("7.21", "a set in a set/data comes later", |p| {
+        let inner = Set::of(p.near, IN);
+        let outer = Set::of(inner.0, IN);
+        p.far("later send", &[5, 0]);
+        let said = outer.wait(8, 4000);
+        p.note(said);
+    });
+    group.case("7.21", "a set in poll/data", |p| {
+        let set = Set::of(p.near, IN);
+        let before = sys::poll(set.0, libc::POLLIN, 0);
+        p.call(format_args!("poll {:#x}", before.1), before.0);
+        p.receives(5);
+        let after = sys::poll(set.0, libc::POLLIN, 0);
+        p.call(format_args!("poll {:#x}", after.1), after.0);
+        drained(p);
+        let after = sys::poll(set.0, libc::POLLIN, 0);
+        p.call(format_args!("poll {:#x}", after.1), after.0);
+    });
+    group.case("7.21", "a set in poll/data comes later", |p| {
+        let set = Set::of(p.near, IN);
+        p.far("later send", &[5, 0]);
+        let after = sys::poll(set.0, libc::POLLIN, 4000);
+        p.call(format_args!("poll {:#x}", after.1), after.0);
+    });
+    group.case("7.21", "a set in a set/edge", |p| {
+        let inner = Set::of(p.near, IN);
+        let outer = Set::of(inner.0, IN | ET);
+        waits(p, &outer);
+        p.receives(5);
+        waits(p, &outer);
+        waits(p, &outer);
+        drained(p);
+        waits(p, &outer);
+        p.receives(5);
+        waits(p, &outer);
+    });
+    group.case("7.21", "a set in a set/one shot", |p| {
+        let inner = Set::of(p.near, IN);
+        let outer = Set::of(inner.0, IN | ONESHOT);
+        waits(p, &outer);
+        p.far("later send", &[5, 0]);
+        let said = outer.wait(8, 4000);
+        p.note(said);
+        p.receives(5);
+        waits(p, &outer);
+        outer.ctl(EPOLL_CTL_MOD, inner.0, IN | ONESHOT, 7);
+        waits(p, &outer);
+    });
+    group.case("7.21", "a set in a set/among other things", |p| {
+        let pipe = sys::pipe();
+        let inner = Set::of(p.near, IN);
+        inner.ctl(EPOLL_CTL_ADD, pipe[0], IN, 9);
+        let outer = Set::of(inner.0, IN);
+        waits(p, &outer);
+        // SAFETY: a byte of our own.
+        unsafe { libc::write(pipe[1], b"x".as_ptr().cast(), 1) };
+        waits(p, &outer);
+        waits(p, &inner);
+        p.receives(5);
+        waits(p, &inner);
+        inner.ctl(EPOLL_CTL_DEL, pipe[0], 0, 0);
+        waits(p, &outer);
+        drained(p);
+        waits(p, &outer);
+        pipe.iter().for_each(|fd| {
+            sys::close(*fd);
+        });
+    });
+    group.case("7.21", "a set in a set/three deep", |p| {
+        let inner = Set::of(p.near, IN);
+        let middle = Set::of(inner.0, IN);
+        let outer = Set::of(middle.0, IN);
+        waits(p, &outer);
+        p.far("later send", &[5, 0]);
+        let said = outer.wait(8, 4000);
+        p.note(said);
+        drained(p);
+        waits(p, &outer);
+        let polled = sys::poll(outer.0, libc::POLLIN, 0);
+        p.call(format_args!("poll {:#x}", polled.1), polled.0);
+    });
+    group.case("7.21", "a set in a set/room", |p| {
+        let inner = Set::of(p.near, OUT);
+        let outer = Set::of(inner.0, IN);
+        waits(p, &outer);
+        waits(p, &inner);
+        inner.ctl(EPOLL_CTL_MOD, p.near, IN, 7);
+        waits(p, &outer);
+        inner.ctl(EPOLL_CTL_DEL, p.near, 0, 0);
+        p.receives(5);
+        waits(p, &outer);
+    });
+    group.case("7.21", "a set in a set/closed", |p| {
+        let inner = Set::of(p.near, IN);
+        let outer = Set::of(inner.0, IN);
+        p.receives(5);
+        waits(p, &outer);
+        drop(inner);
+        waits(p, &outer);
+    });
     group.case("7.20", "mixed/a pipe beside it, one event at a time", |p| {
         let pipe = sys::pipe();
         let set = Set::of(p.near, IN);

@@ -214,6 +214,18 @@ impl Hot {
         Some(libc::epoll_event { events: u32::from(ready.bits()), u64: interest.data })
     }
 
+    /// Whether there is an event to report, which there stays.
+    pub fn peek(&mut self) -> bool {
+        let kept = (self.spent, self.told, self.told_room, self.told_end, self.ends);
+        let is_ready = self.event(true).is_some();
+        if is_ready {
+            (self.spent, self.told, self.told_room, self.told_end, self.ends) = kept;
+            self.conn.kernel_in.store(1, Ordering::Release);
+            self.conn.kernel_out.store(1, Ordering::Release);
+        }
+        is_ready
+    }
+
     /// Edge-triggered: whether something has arrived, or room has come, since the last report.
     fn new_edge(&mut self, ready: PollFlags, pending: bool, edged: bool) -> bool {
         // The kernel is asked again at its next edge; but other places in sets may not have asked at this one.

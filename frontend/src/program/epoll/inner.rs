@@ -19,6 +19,7 @@ use super::super::conn::{ConnRef, Member};
 use super::super::wait;
 use super::NOWHERE;
 use super::hot::{Hot, Interest};
+use super::nested::{Child, Nest};
 use crate::memory::Bound;
 use rustix::fd::{AsRawFd, OwnedFd};
 use std::collections::{HashMap, VecDeque};
@@ -64,8 +65,12 @@ pub(super) struct Inner {
     slabs: Vec<Option<Heard>>,
     by_entry: HashMap<usize, u32>,
     warm: Vec<u32>,
-    /// Threads between their announcement and their waking.
+    /// Threads between their announcement and their waking; and who watches a set that has a nest.
     pub sleepers: u32,
+    /// What the kernel is shown, if something else watches the set.
+    pub nest: Option<Nest>,
+    /// Sets in it.
+    pub children: Vec<Child>,
 }
 
 impl Inner {
@@ -81,6 +86,8 @@ impl Inner {
             by_entry: HashMap::new(),
             warm: Vec::new(),
             sleepers: 0,
+            nest: None,
+            children: Vec::new(),
         }
     }
 
@@ -159,6 +166,17 @@ impl Inner {
         }
     }
 
+    /// All descriptors of connections.
+    pub fn anchors(&self) -> Vec<i32> {
+        self.hot.iter().map(|hot| hot.fd).collect()
+    }
+
+    /// All slabs that it hears, with their numbers.
+    pub fn entries(&self) -> Vec<(u32, Arc<SlabEntry>)> {
+        let slabs = (0..).zip(&self.slabs);
+        slabs.filter_map(|(n, heard)| Some((n, heard.as_ref()?.entry.clone()))).collect()
+    }
+
     /// The connections that are looked at.
     pub fn watched(&self) -> impl Iterator<Item = &Hot> {
         let at = |(fd, serial): &(i32, u32)| {
@@ -178,23 +196,48 @@ impl Inner {
     /// not be exact.
     pub fn harvest(&mut self, out: &mut [libc::epoll_event], asking: bool, now: u64) -> usize {
         let mut n = 0;
+        self.visit(out.len(), now, |hot| {
+            let event = hot.event(asking);
+            if let Some(event) = event {
+                out[n] = event;
+                n += 1;
+            }
+            event.is_some()
+        });
+        n
+    }
+
+    /// Whether one of the watched is to be reported, which it stays.
+    pub fn peek(&mut self, now: u64) -> bool {
+        self.visit(1, now, Hot::peek) > 0
+    }
+
+    /// A look has found nothing: whoever watches the set is told so.
+    pub fn rest(&mut self) {
+        if let Some(nest) = &mut self.nest {
+            nest.show(false);
+        }
+    }
+
+    /// Looks at the watched until so many are ready, and leaves those out of the next look that need it no more.
+    fn visit(&mut self, most: usize, now: u64, mut is_ready: impl FnMut(&mut Hot) -> bool) -> usize {
+        let mut n = 0;
         for _ in 0..self.watched.len() {
-            if n == out.len() {
+            if n == most {
                 break;
             }
             let Some((fd, serial)) = self.watched.pop_front() else { break };
             let Some(at) = self.find(fd).filter(|at| self.hot[*at].serial == serial) else { continue };
             let hot = &mut self.hot[at];
             let slab = hot.slab;
-            let event = hot.event(asking);
-            let stays = event.is_some() || hot.is_open() || self.is_warm(slab);
+            let ready = is_ready(hot);
+            let stays = ready || hot.is_open() || self.is_warm(slab);
             self.hot[at].watched = stays;
             if stays {
                 // Last, so that none is starved where there is no room for all.
                 self.watched.push_back((fd, serial));
             }
-            if let Some(event) = event {
-                out[n] = event;
+            if ready {
                 n += 1;
                 self.worked(slab, now);
             }
