@@ -32,7 +32,9 @@ fn page(cases: &[&Case]) -> String {
         let verdict = match (case.open, case.carried) {
             (Some(why), _) => format!("differs: {why}"),
             (None, Carried::Tcp(reason)) => format!("on tcp: {reason}"),
-            (None, Carried::Lane) => "same".into(),
+            (None, Carried::Lane) => {
+                case.across.map_or_else(|| "same".into(), |why| format!("same; beside the upgrade {why}"))
+            }
         };
         let _ = writeln!(text, "| {} | {} | {} | {verdict} |", cell(function), cell(behaviour), case.row);
     }

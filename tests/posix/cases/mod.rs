@@ -49,6 +49,8 @@ pub struct Case {
     pub carried: Carried,
     /// Why it is known to differ, if it is.
     pub open: Option<&'static str>,
+    /// Why it may differ beside the upgrade, if it may: elsewhere it is the same.
+    pub across: Option<&'static str>,
     /// What it does.
     pub run: Box<dyn Fn(&mut Pair)>,
 }
@@ -79,6 +81,7 @@ impl Group {
             setup: Setup::Connected,
             carried: Carried::Lane,
             open: None,
+            across: None,
             run: Box::new(run),
         });
         let at = self.cases.len() - 1;
