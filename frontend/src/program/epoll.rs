@@ -80,7 +80,14 @@ fn set_of(fd: i32) -> Option<&'static EpollSet> {
 /// Whether a set may hold a connection, or the agent has said something.
 #[inline]
 pub fn concerns(fd: i32) -> bool {
-    client::mail_waits() || set_of(fd).is_some_and(|set| set.ours.load(Ordering::Acquire))
+    let may = |set: &EpollSet| set.ours.load(Ordering::Acquire) || set.nests.load(Ordering::Acquire);
+    client::mail_waits() || set_of(fd).is_some_and(may)
+}
+
+/// Whether a descriptor is a set.
+#[inline]
+pub fn is_set(fd: i32) -> bool {
+    set_of(fd).is_some()
 }
 
 /// `epoll_create` made a set.
@@ -92,6 +99,8 @@ pub fn created(fd: i32) {
         sets.push(set);
     }
     slot.epoll.store(std::ptr::from_ref(set).cast_mut(), Ordering::Release);
+    // Whoever polls it is to ask us.
+    slot.seen();
 }
 
 /// A set's descriptor is closed.

@@ -145,7 +145,7 @@ impl Slot {
     }
 
     /// It is among the slots in use from now on.
-    fn seen(&self) {
+    pub fn seen(&self) {
         let number = self.number();
         IN_USE.fetch_max(number as u32 + 1, Ordering::Relaxed);
         FIRST.fetch_min(number as u32, Ordering::Relaxed);

@@ -136,7 +136,7 @@ hook! { unsafe fn pselect(n: c_int, r: *mut fd_set, w: *mut fd_set, e: *mut fd_s
 hook! { unsafe fn epoll_ctl(set: c_int, op: c_int, fd: c_int, event: *mut epoll_event) -> c_int => vs_epoll_ctl {
     // SAFETY: see above.
     unsafe {
-        if !socket::is_followed(fd) {
+        if !socket::is_followed(fd) && !epoll::is_set(fd) {
             return real!(epoll_ctl)(set, op, fd, event);
         }
         let asked = event.as_ref().map(|e| (e.events, e.u64));
