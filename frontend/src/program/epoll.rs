@@ -314,13 +314,13 @@ impl EpollSet {
         let (data, flags) = (anchor_data(fd), anchor_flags());
         // SAFETY: the application's descriptor, in a call on it or under its table entry.
         let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
+        self.settle_down(inner);
         if !self.ours.swap(true, Ordering::AcqRel) {
             // The first of ours in this set: who waits there is woken as well.
-            wait::watch_kick(self.as_fd(), TOKEN | KICK);
-            self.watch_control();
+            wait::watch_kick(self.home(inner), TOKEN | KICK);
+            self.watch_control(inner);
         }
         let exclusive = interest.events as i32 & libc::EPOLLEXCLUSIVE != 0;
-        self.settle_down(inner);
         if present && (exclusive || inner.nest.is_some()) {
             // What is exclusive cannot be changed.
             epoll::delete(self.as_fd(), anchor)?;

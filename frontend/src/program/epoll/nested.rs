@@ -210,6 +210,7 @@ impl EpollSet {
             let _ = epoll::delete(self.as_fd(), control);
         }
         wait::unwatch_kick(self.as_fd());
+        wait::watch_kick(&nest.home, TOKEN | KICK);
         // Whoever watches sleeps, for all we know.
         inner.sleepers += 1;
         inner.nest = Some(nest);
