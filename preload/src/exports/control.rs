@@ -1,4 +1,4 @@
-//! The variadic functions, which redhook cannot express: stable Rust cannot define them, but on x86-64 and AArch64 Linux
+//! The variadic functions, which `hook!` cannot express: stable Rust cannot define them, but on x86-64 and AArch64 Linux
 //! a variadic call passes its first arguments as a plain one does, so a plain definition with the widest argument serves.
 
 use crate::hook::{Next, ours};
