@@ -69,6 +69,12 @@ pub fn ends_within(fd: i32, limit: Duration) -> bool {
     has_ended(unsafe { BorrowedFd::borrow_raw(fd) }, limit)
 }
 
+/// Whether the kernel has an error to tell, or the connection is over both ways.
+pub fn has_failed(anchor: BorrowedFd<'_>) -> bool {
+    let mut one = [PollFd::from_borrowed_fd(anchor, PollFlags::empty())];
+    rustix::event::poll(&mut one, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap_or(0) > 0
+}
+
 /// Waits until a descriptor may be ready. True if the anchor had something to say.
 ///
 /// # Errors

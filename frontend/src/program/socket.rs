@@ -230,6 +230,10 @@ pub fn send(fd: i32, slot: &'static Slot, bufs: &[IoSlice<'_>], flags: SendFlags
                 }
                 // SAFETY: the application's descriptor, in a call on it.
                 let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
+                if done > 0 && poll::has_failed(anchor) {
+                    // The next call is told why; this one has sent something.
+                    return Err(Errno::PIPE);
+                }
                 let call = || {
                     let mut control = rustix::net::SendAncillaryBuffer::default();
                     let flags = flags | SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
