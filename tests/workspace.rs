@@ -29,6 +29,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("frontend/src/program/client.rs", "descriptors that the application must not see and may close"),
     ("frontend/src/program/conn.rs", "a connection's objects outlive the descriptors that name them"),
     ("frontend/src/program/epoll.rs", "C structures of epoll, and descriptors of the application"),
+    ("frontend/src/program/epoll/nested.rs", "sets in sets, by the application's descriptors"),
     ("frontend/src/program/epoll/tests.rs", "real sets for the same calls"),
     ("frontend/src/program/exec.rs", "descriptors that a new program inherits"),
     ("frontend/src/program/fork.rs", "pthread_atfork"),
