@@ -317,8 +317,9 @@ class Scenarios:
             for mode in ["plain", lab.mode] * ROUNDS:
                 out = lab.run(client, *command.format(at=at, port=port[mode]).split(), mode=mode).ok()
                 figures.setdefault(mode, []).append(value(out))
-            proof.holds(16 << 10, share)
-            said.append(self.table.row(path, name, unit, less, figures["plain"], figures[lab.mode]))
+            held = proof.holds(16 << 10, share)
+            row = self.table.row(path, name, unit, less, figures["plain"], figures[lab.mode])
+            said.append(f"{row} ({held})")
             lab.stop_programs()
         return ", ".join(said)
 
