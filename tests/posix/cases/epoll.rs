@@ -350,6 +350,18 @@ pub fn group() -> Group {
         drop(inner);
         waits(p, &outer);
     });
+    group.case("7.21", "a set in a set/in a circle", |p| {
+        let inner = Set::of(p.near, IN);
+        let outer = Set::of(inner.0, IN);
+        for (set, fd) in [(&inner, outer.0), (&outer, outer.0), (&inner, inner.0)] {
+            let refused = set.ctl(EPOLL_CTL_ADD, fd, IN, 9);
+            p.call("add", refused);
+        }
+        waits(p, &outer);
+        p.receives(5);
+        waits(p, &outer);
+        waits(p, &inner);
+    });
     group.case("7.20", "mixed/a pipe beside it, one event at a time", |p| {
         let pipe = sys::pipe();
         let set = Set::of(p.near, IN);

@@ -78,6 +78,10 @@ pub(super) struct Child {
 
 /// `epoll_ctl` of a descriptor that is a set itself: it is remembered, and the call must be made as well.
 pub(super) fn ctl(set: &EpollSet, op: i32, fd: i32, child: &'static EpollSet, interest: Option<Interest>) {
+    if child.reaches(set, DEEPEST) {
+        // A circle, which the kernel refuses; looks through it would not end.
+        return;
+    }
     let Ok(mut inner) = set.inner.lock() else { return };
     inner.children.retain(|c| c.fd != fd || op == libc::EPOLL_CTL_ADD && std::ptr::eq(c.set, child));
     let Some(interest) = interest else { return };
@@ -122,6 +126,12 @@ impl EpollSet {
     pub(super) fn concerns_us(&self, deepest: u32) -> bool {
         self.ours.load(Ordering::Acquire)
             || deepest > 0 && self.children().iter().any(|child| child.concerns_us(deepest - 1))
+    }
+
+    /// Whether the other is this one, or is in it.
+    fn reaches(&self, other: &EpollSet, deepest: u32) -> bool {
+        std::ptr::eq(self, other)
+            || deepest > 0 && self.children().iter().any(|child| child.reaches(other, deepest - 1))
     }
 
     fn children(&self) -> Vec<&'static EpollSet> {
