@@ -542,10 +542,17 @@ impl EpollSet {
                 return Ok(n);
             }
         }
-        let got = real(out, zero)?;
-        let n = self.sift(&mut inner, out, got);
-        self.crowded.store(n == out.len(), Ordering::Relaxed);
-        Ok(n + self.harvest(&mut inner, &mut out[n..], true))
+        for _ in 0..LOOKS {
+            let got = real(out, zero)?;
+            let n = self.sift(&mut inner, out, got);
+            self.crowded.store(n == out.len(), Ordering::Relaxed);
+            let n = n + self.harvest(&mut inner, &mut out[n..], true);
+            // Events of ours may have taken the room of the one that there is to report.
+            if n > 0 || got < out.len() {
+                return Ok(n);
+            }
+        }
+        Ok(0)
     }
 
     fn kernels_turn(&self) -> bool {

@@ -76,6 +76,26 @@ fn mail_heard_in_the_last_look_is_read_before_sleeping() {
     wait::return_bell(set.bell);
 }
 
+/// Who asks for one event and does not wait gets it, also when the kernel has events of ours before it.
+#[test]
+fn events_of_ours_take_no_room_from_the_applications() {
+    let (set, _entry) = listening();
+    let mut out = [libc::epoll_event { events: 0, u64: 0 }];
+    let ours = |number| libc::epoll_event { events: libc::EPOLLIN as u32, u64: TOKEN | number };
+    let mut queue = vec![APPLICATION, ours(BELLS), ours(CONTROL)];
+    let mut real = |out: &mut [libc::epoll_event], timeout: Option<Timespec>| {
+        assert!(timeout.is_some(), "asleep");
+        Ok(queue.pop().map_or(0, |event| {
+            out[0] = event;
+            1
+        }))
+    };
+    let now = Some(Duration::ZERO);
+    assert_eq!(set.wait(&mut out, now, Some(Instant::now()), &mut real), Ok(1));
+    assert_eq!({ out[0].u64 }, 7);
+    wait::return_bell(set.bell);
+}
+
 /// One of two sleeping threads takes the edge: the other's sleep stays announced.
 #[test]
 fn a_bell_that_wakes_one_thread_is_announced_for_the_other() {
