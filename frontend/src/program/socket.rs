@@ -246,10 +246,8 @@ pub fn send(fd: i32, slot: &'static Slot, bufs: &[IoSlice<'_>], flags: SendFlags
         });
         match sent {
             Ok(n) => done += n,
-            Err(_) if done > 0 => {
-                if let Some(conn) = slot.conn() {
-                    conn.endpoint().tell_later();
-                }
+            Err(error) if done > 0 => {
+                later(slot, error);
                 return Ok(done);
             }
             Err(error) => return Err(error),
@@ -259,6 +257,16 @@ pub fn send(fd: i32, slot: &'static Slot, bufs: &[IoSlice<'_>], flags: SendFlags
             return Ok(done);
         }
     }
+}
+
+/// A call has moved bytes, which is what it reports: why it moved no more, the next one is told.
+fn later(slot: &Slot, error: Errno) {
+    let Some(conn) = slot.conn() else { return };
+    if matches!(error, Errno::CONNRESET | Errno::TIMEDOUT) {
+        // The kernel has told it, and will not again.
+        conn.endpoint().broken(error);
+    }
+    conn.endpoint().tell_later();
 }
 
 /// Whether the kernel is to report sends without copying (`SO_ZEROCOPY`).
@@ -346,13 +354,7 @@ pub fn recv(
             Ok(n) if n > 0 => done += n,
             Ok(_) => break,
             Err(error) => {
-                if let Some(conn) = slot.conn() {
-                    if error == Errno::CONNRESET {
-                        // The kernel has told it, and will not again.
-                        conn.endpoint().broken(error);
-                    }
-                    conn.endpoint().tell_later();
-                }
+                later(slot, error);
                 break;
             }
         }
