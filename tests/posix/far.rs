@@ -89,6 +89,23 @@ impl Worker {
                 let got = sys::connect(fd, words[0]);
                 return self.keep(if got.0 == 0 { Ret(fd as isize, 0) } else { got });
             }
+            // Without waiting for the answer.
+            "begin" => {
+                let fd = sys::socket(words[0], libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK);
+                sys::connect(fd, words[0]);
+                return self.keep(Ret(fd as isize, 0));
+            }
+            // Bound, and connected later.
+            "bound" => {
+                let fd = sys::socket(words[0], libc::SOCK_CLOEXEC);
+                let got = sys::bind(fd, words[0]);
+                let kept = self.keep(if got.0 == 0 { Ret(fd as isize, 0) } else { got });
+                return format!("{kept} {}", sys::name(fd, false));
+            }
+            "to" => {
+                let fd = self.open.get(&number(0)).map_or(-1, |(fd, ..)| *fd);
+                return sys::connect(fd, words[1]).to_string();
+            }
             _ => {}
         }
         let Some((fd, mut sent, mut got)) = self.open.get(&number(0)).copied() else {
@@ -160,7 +177,11 @@ fn on(verb: &str, fd: c_int, [a, b, c]: [i64; 3], sent: &mut u64, got: &mut u64)
             "0".into()
         }
         "arrived" => u8::from(sys::soon(|| sys::unread(fd) >= a as usize)).to_string(),
-        "wait" => format!("{:#x}", sys::poll(fd, a as i16, b as c_int).1),
+        "wait" => wait(fd, a as i16, b as c_int),
+        "blocks" => {
+            sys::set_nonblocking(fd, false);
+            "0".into()
+        }
         "shutdown" => sys::shutdown(fd, a as c_int).to_string(),
         "option" => sys::set_option(fd, a as c_int, b as c_int, c as c_int).to_string(),
         "close" => sys::close(fd).to_string(),
@@ -170,6 +191,19 @@ fn on(verb: &str, fd: c_int, [a, b, c]: [i64; 3], sent: &mut u64, got: &mut u64)
         }
         other => format!("no verb {other}"),
     }
+}
+
+/// What `poll` says. The kernel stores a reset's error before it closes the socket, and who looks between the two sees
+/// `POLLERR` alone; a moment later it is whole.
+fn wait(fd: c_int, events: i16, milliseconds: c_int) -> String {
+    let mut said = sys::poll(fd, events, milliseconds).1;
+    if said & libc::POLLERR != 0 {
+        sys::soon(|| {
+            said = sys::poll(fd, events, 0).1;
+            said & libc::POLLHUP != 0
+        });
+    }
+    format!("{said:#x}")
 }
 
 /// The near end's way to it.

@@ -1,6 +1,6 @@
 //! The near end's process: runs cases one after the other and prints their traces.
 //!
-//! Its output, for the runner: `case NAME`, then `| ` and each line of the trace, then `moved FAST TCP` or `failed WHY`.
+//! Its output, for the runner: `case NAME`, then `| ` and each line of the trace, then `moved FAST TCP REASON` or `failed WHY`.
 
 use crate::cases::{self, Carried, Case, Setup};
 use crate::lanes::Moved;
@@ -22,9 +22,9 @@ pub fn run(words: &[String]) {
         say(&format!("case {}", case.name));
         match story(&case, &place, moment) {
             Err(why) => say(&format!("failed {why}")),
-            Ok((trace, moved)) => {
+            Ok((trace, moved, why)) => {
                 let lines: String = trace.iter().map(|line| format!("| {line}\n")).collect();
-                say(&format!("{lines}moved {} {}", moved.fast, moved.tcp));
+                say(&format!("{lines}moved {} {} {why}", moved.fast, moved.tcp));
             }
         }
     }
@@ -37,9 +37,9 @@ fn say(text: &str) {
     let _ = out.flush();
 }
 
-/// What a case tells. One that falls back to TCP beside its beginning, as it may on a machine too busy for liveness, is told
+/// What a case tells, and why its connection is on TCP at the end, if it is. One that falls back to TCP beside its beginning, as it may on a machine too busy for liveness, is told
 /// again on another connection.
-fn story(case: &Case, place: &Place, moment: Moment) -> Result<(Vec<String>, Moved), String> {
+fn story(case: &Case, place: &Place, moment: Moment) -> Result<(Vec<String>, Moved, String), String> {
     let mut last = Err("not told".into());
     for _ in 0..3 {
         let mut pair = match case.setup {
@@ -47,9 +47,10 @@ fn story(case: &Case, place: &Place, moment: Moment) -> Result<(Vec<String>, Mov
             Setup::Apart => Pair::apart(place, moment),
         };
         (case.run)(&mut pair);
+        let why = if case.carried == Carried::Lane { String::new() } else { pair.reason() };
         let (trace, moved) = pair.end();
         let moved = moved.unwrap_or_default();
-        last = Ok((trace, moved));
+        last = Ok((trace, moved, why));
         if moved.fast > 0 || moved.tcp == 0 || case.carried != Carried::Lane {
             break;
         }

@@ -71,6 +71,8 @@ impl Pair {
     /// Nothing is connected yet.
     pub fn apart(place: &Place, moment: Moment) -> Self {
         let far = Far::find(&place.control);
+        let mut lanes = lanes::agent();
+        lanes.iter_mut().for_each(Lanes::begin);
         Self {
             near: -1,
             peer: String::new(),
@@ -78,7 +80,7 @@ impl Pair {
             place: place.clone(),
             trace: Vec::new(),
             sent: 0,
-            lanes: lanes::agent(),
+            lanes,
             moment,
         }
     }
@@ -147,6 +149,37 @@ impl Pair {
             sys::close(self.near);
         }
         (self.trace, moved)
+    }
+
+    /// A connection of this guest stays on TCP for this reason, as its agent says at both ends, while it goes on as `round`
+    /// does. Only what is otherwise is written down: the kernel has no reasons.
+    pub fn stays(&mut self, [local, peer]: [&str; 2], reason: &str, mut round: impl FnMut()) {
+        let Some(lanes) = &self.lanes else { return };
+        let want = format!("tcp tcp {reason}");
+        let mut last = [String::new(), String::new()];
+        let does = sys::soon(|| {
+            round();
+            last = [lanes.of(local, peer), lanes.of(peer, local)];
+            last.iter().all(|is| *is == want)
+        });
+        if !does {
+            self.note(format_args!("does not stay on TCP ({reason}): {last:?}"));
+        }
+    }
+
+    /// Nothing was carried by a lane since the beginning.
+    pub fn moves_nothing_fast(&mut self) {
+        let moved = self.lanes.as_mut().map(Lanes::moved).unwrap_or_default();
+        if moved.fast > 0 {
+            self.note(format_args!("went over a lane: {moved:?}"));
+        }
+    }
+
+    /// Why the connection is on TCP, as the agent says; nothing if it is not known any more.
+    pub fn reason(&self) -> String {
+        let Some(lanes) = self.lanes.as_ref().filter(|_| self.near >= 0) else { return String::new() };
+        let is = lanes.of(&sys::name(self.near, false), &sys::name(self.near, true));
+        is.strip_prefix("tcp tcp ").unwrap_or_default().to_owned()
     }
 
     // ---- writing down ----------------------------------------------------------------------------------------------

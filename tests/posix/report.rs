@@ -31,7 +31,7 @@ fn page(cases: &[&Case]) -> String {
         let cell = |text: &str| text.replace('|', "\\|");
         let verdict = match (case.open, case.carried) {
             (Some(why), _) => format!("differs: {why}"),
-            (None, Carried::Tcp(reason)) => format!("on tcp: {reason}"),
+            (None, Carried::Tcp(reason) | Carried::Beside(reason)) => format!("on tcp: {reason}"),
             (None, Carried::Lane) => {
                 case.across.map_or_else(|| "same".into(), |why| format!("same; beside the upgrade {why}"))
             }

@@ -15,8 +15,8 @@ const HANGS: Duration = Duration::from_secs(45);
 /// What a run of a case came to.
 #[derive(Clone, Debug)]
 pub enum Told {
-    /// Its trace, and the bytes that moved.
-    Story(Vec<String>, Moved),
+    /// Its trace, the bytes that moved, and why the connection was on TCP at the end, if it was.
+    Story(Vec<String>, Moved, String),
     /// It did not come to its end.
     Broke(String),
 }
@@ -108,11 +108,12 @@ fn read(text: &str, why: &str, told: &mut Stories) {
             "case" => (case, trace) = (Some(rest.to_owned()), Vec::new()),
             "|" => trace.push(rest.to_owned()),
             "moved" => {
-                let mut numbers = rest.split(' ').map(|n| n.parse().unwrap_or(0));
-                let mut next = || numbers.next().unwrap_or(0);
+                let mut words = rest.splitn(3, ' ');
+                let mut next = || words.next().and_then(|n| n.parse().ok()).unwrap_or(0);
                 let moved = Moved { fast: next(), tcp: next() };
+                let why = words.next().unwrap_or_default().to_owned();
                 if let Some(name) = case.take() {
-                    told.insert(name, Told::Story(std::mem::take(&mut trace), moved));
+                    told.insert(name, Told::Story(std::mem::take(&mut trace), moved, why));
                 }
             }
             "failed" => {
@@ -131,7 +132,7 @@ fn read(text: &str, why: &str, told: &mut Stories) {
 /// What is wrong with an accelerated run, if anything.
 fn difference(case: &Case, native: Option<&Told>, got: Option<&Told>, lane: bool) -> Option<String> {
     let (Some(native), Some(got)) = (native, got) else { return Some("was not run".into()) };
-    let (Told::Story(want, _), Told::Story(have, moved)) = (native, got) else {
+    let (Told::Story(want, ..), Told::Story(have, moved, why)) = (native, got) else {
         return match (native, got) {
             (Told::Broke(why), _) => Some(format!("natively: {why}")),
             (_, Told::Broke(why)) => Some(why.clone()),
@@ -140,6 +141,11 @@ fn difference(case: &Case, native: Option<&Told>, got: Option<&Told>, lane: bool
     };
     if want != have {
         return Some(compare(want, have));
+    }
+    if let (true, Carried::Tcp(reason)) = (lane && !why.is_empty(), case.carried)
+        && why != reason
+    {
+        return Some(format!("on TCP because of `{why}`, and not of `{reason}`"));
     }
     let silent = lane && case.carried == Carried::Lane && moved.fast == 0 && moved.tcp > 0;
     silent.then(|| format!("its bytes went over TCP: {moved:?}"))

@@ -218,17 +218,54 @@ pub fn connect(fd: c_int, text: &str) -> Ret {
     ret(unsafe { libc::connect(fd, std::ptr::from_ref(&to).cast(), len) })
 }
 
+pub fn bind(fd: c_int, text: &str) -> Ret {
+    let (at, len) = address(text);
+    // SAFETY: see the module.
+    ret(unsafe { libc::bind(fd, std::ptr::from_ref(&at).cast(), len) })
+}
+
+pub fn listen(fd: c_int, backlog: c_int) -> Ret {
+    // SAFETY: numbers.
+    ret(unsafe { libc::listen(fd, backlog) })
+}
+
 /// A listener at an address; port 0 is any.
 pub fn listener(text: &str, backlog: c_int) -> c_int {
     let fd = socket(text, libc::SOCK_CLOEXEC);
     set_option(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1);
-    let (at, len) = address(text);
-    // SAFETY: see the module.
-    let bound = ret(unsafe { libc::bind(fd, std::ptr::from_ref(&at).cast(), len) });
+    let bound = bind(fd, text);
     assert_eq!(bound.0, 0, "bind {text}: {bound}");
-    // SAFETY: numbers.
-    assert_eq!(unsafe { libc::listen(fd, backlog) }, 0);
+    assert_eq!(listen(fd, backlog).0, 0);
     fd
+}
+
+/// A socket that is bound to a port of the kernel's choice, and does not hear of resets until [`hear_resets`]: its SYN to
+/// a port where nobody is yet stays out, so that the SYN of who comes there meets it.
+pub fn early(text: &str) -> c_int {
+    let fd = socket(text, libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK);
+    let bound = bind(fd, text);
+    assert_eq!(bound.0, 0, "bind {text}: {bound}");
+    // At the TCP header: the byte of flags; if RST is among them nothing of the segment is taken, else all.
+    let op = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
+    let mut code = [
+        op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, 13),
+        op(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K, 0, 1, 4),
+        op(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+        op(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
+    ];
+    let program = libc::sock_fprog { len: code.len() as u16, filter: code.as_mut_ptr() };
+    let len = size_of_val(&program) as libc::socklen_t;
+    let (level, option) = (libc::SOL_SOCKET, libc::SO_ATTACH_FILTER);
+    // SAFETY: the program and its instructions outlive the call.
+    let got = ret(unsafe { libc::setsockopt(fd, level, option, std::ptr::from_ref(&program).cast(), len) });
+    assert_eq!(got.0, 0, "a filter: {got}");
+    fd
+}
+
+/// It is a socket as any other from now on.
+pub fn hear_resets(fd: c_int) {
+    set_option(fd, libc::SOL_SOCKET, libc::SO_DETACH_FILTER, 0);
+    set_nonblocking(fd, false);
 }
 
 pub fn accept(fd: c_int, flags: c_int) -> Ret {

@@ -1,13 +1,24 @@
-//! Connecting and accepting: names, families, modes, loopback, one process talking to itself.
+//! Connecting and accepting: names, families, modes.
 
 use super::{Group, Setup};
+
+#[path = "inside.rs"]
+mod inside;
+#[path = "meeting.rs"]
+mod meeting;
+
 use crate::pair::Pair;
-use crate::sys::{self, Ret, ret};
+use crate::sys::{self, Ret};
 use libc::c_int;
 
 /// A name without the number of a port that the kernel chose.
 fn host(name: &str) -> &str {
     name.rsplit_once(':').map_or(name, |(host, _)| host)
+}
+
+/// The number of a name's port.
+fn port(name: &str) -> &str {
+    name.rsplit_once(':').map_or("", |(_, port)| port)
 }
 
 /// Whether a name is this guest's address; IPv4 may be written as IPv6.
@@ -29,42 +40,10 @@ fn talk(p: &mut Pair) {
     p.recv(40, 0);
 }
 
-/// Both ends in this process.
-fn itself(p: &mut Pair, at: &str, to: &str) {
-    let listener = sys::listener(at, 8);
-    let bound = sys::name(listener, false);
-    let port = bound.rsplit_once(':').map_or("", |(_, port)| port);
-    let to = format!("{to}:{port}");
-    let near = sys::socket(&to, 0);
-    p.call("connect", sys::connect(near, &to));
-    let far = sys::accept(listener, 0).0 as c_int;
-    let mut room = [0; 64];
-    for i in 0..40u8 {
-        let sent = sys::send(near, &[i; 30], 0);
-        let got = sys::recv(far, &mut room, 0);
-        let back = sys::send(far, &[i; 3], 0);
-        let here = sys::recv(near, &mut room, 0);
-        if [sent.0, got.0, back.0, here.0] != [30, 30, 3, 3] {
-            p.note(format_args!("{i}: {sent} {got} {back} {here}"));
-        }
-    }
-    let [a, b] = [near, far].map(|fd| sys::name(fd, true));
-    let same = |name: &str| if is_near(p, name) { "this guest".to_owned() } else { host(name).to_owned() };
-    let line = format!("{} {}", same(&a), same(&b));
-    p.note(line);
-    sys::send(near, b"last", 0);
-    sys::close(near);
-    let got = sys::recv(far, &mut room, 0);
-    p.got("recv", got, &room);
-    let got = sys::recv(far, &mut room, 0);
-    p.got("recv", got, &room);
-    sys::close(far);
-    sys::close(listener);
-}
-
-fn accepted(p: &mut Pair, at: &str, flags: c_int) {
-    let listener = sys::listener(at, 8);
-    let address = sys::name(listener, false);
+/// The far end connects, to the port of a listener at one address by way of another.
+fn accepted(p: &mut Pair, at: &str, by: &str, flags: c_int) {
+    let listener = sys::listener(&format!("{at}:0"), 8);
+    let address = format!("{by}:{}", port(&sys::name(listener, false)));
     let peer = p.far.ask(&format!("connect {address}"));
     let got = sys::accept(listener, flags);
     p.note(got.0 >= 0);
@@ -72,8 +51,10 @@ fn accepted(p: &mut Pair, at: &str, flags: c_int) {
         Ok(()) => {
             let got = sys::fcntl(p.near, libc::F_GETFL, 0);
             p.call("F_GETFL", Ret(got.0 & libc::O_NONBLOCK as isize, got.1));
-            let peer = sys::name(p.near, true);
-            p.note(p.place.far.iter().any(|far| host(far) == host(&peer)));
+            // As the kernel writes it, IPv4 perhaps as IPv6.
+            let [peer, local] = [true, false].map(|peer| sys::name(p.near, peer));
+            let line = format!("{} {}", host(&peer), is_near(p, &local));
+            p.note(line);
             talk(p);
         }
         Err(why) => p.note(why),
@@ -101,13 +82,10 @@ pub fn group() -> Group {
         talk(p);
     });
     group.case("7.28", "listen, accept, bind/on a connected socket", |p| {
-        // SAFETY: numbers.
-        p.call("listen", ret(unsafe { libc::listen(p.near, 5) }));
+        p.call("listen", sys::listen(p.near, 5));
         p.call("accept", sys::accept(p.near, 0));
-        let (at, len) = sys::address(&format!("{}:0", p.place.near[0]));
-        // SAFETY: the address outlives the call.
-        let got = ret(unsafe { libc::bind(p.near, std::ptr::from_ref(&at).cast(), len) });
-        p.call("bind", got);
+        let at = format!("{}:0", p.place.near[0]);
+        p.call("bind", sys::bind(p.near, &at));
     });
     group
         .case("7.45", "IPv6/connected", |p| {
@@ -142,17 +120,31 @@ pub fn group() -> Group {
     for (name, flags) in [("blocking", 0), ("SOCK_NONBLOCK", libc::SOCK_NONBLOCK)] {
         group
             .case("7.28", &format!("accept/{name}"), move |p| {
-                let at = format!("{}:0", p.place.near[0]);
-                accepted(p, &at, flags);
+                let at = p.place.near[0].clone();
+                accepted(p, &at, &at, flags);
             })
             .setup = Setup::Apart;
     }
     group
         .case("7.45", "accept/IPv6", |p| {
-            let at = format!("{}:0", p.place.near[1]);
-            accepted(p, &at, 0);
+            let at = p.place.near[1].clone();
+            accepted(p, &at, &at, 0);
         })
         .setup = Setup::Apart;
+    group
+        .case("7.45", "accept/IPv4-mapped", |p| {
+            let at = format!("[::ffff:{}]", p.place.near[0]);
+            accepted(p, &at, &at, 0);
+        })
+        .setup = Setup::Apart;
+    for (name, way) in [("IPv4", 0), ("IPv6", 1)] {
+        group
+            .case("issue 5", &format!("accept/dual stack, {name} comes"), move |p| {
+                let by = p.place.near[way].clone();
+                accepted(p, "[::]", &by, 0);
+            })
+            .setup = Setup::Apart;
+    }
     group
         .case("7.27", "connect/non-blocking", |p| {
             let to = p.place.far[0].clone();
@@ -196,42 +188,7 @@ pub fn group() -> Group {
             sys::close(near);
         })
         .setup = Setup::Apart;
-    for (name, at, to) in [
-        ("127.0.0.1", "127.0.0.1:0", "127.0.0.1"),
-        ("::1", "[::1]:0", "[::1]"),
-        ("dual stack", "[::]:0", "127.0.0.1"),
-        ("mapped", "127.0.0.1:0", "[::ffff:127.0.0.1]"),
-    ] {
-        group.case("issue 5", &format!("itself/over {name}"), move |p| itself(p, at, to)).setup =
-            Setup::Apart;
-    }
-    group
-        .case("issue 5", "itself/over the guest's own address", |p| {
-            let near = p.place.near[0].clone();
-            itself(p, &format!("{near}:0"), &near);
-        })
-        .setup = Setup::Apart;
-    group
-        .case("issue 5", "itself/simultaneous open", |p| {
-            let near = sys::socket("127.0.0.1", 0);
-            let to = format!("127.0.0.1:{}", 1024 + std::process::id() % 8000);
-            let (at, len) = sys::address(&to);
-            sys::set_option(near, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1);
-            // SAFETY: the address outlives the call.
-            p.call("bind", ret(unsafe { libc::bind(near, std::ptr::from_ref(&at).cast(), len) }));
-            p.call("connect", sys::connect(near, &to));
-            let mut room = [0; 16];
-            for i in 0..30u8 {
-                let sent = sys::send(near, &[i; 9], 0);
-                let got = sys::recv(near, &mut room, 0);
-                if (sent.0, got.0, room[0]) != (9, 9, i) {
-                    p.note(format_args!("{i}: {sent} {got}"));
-                }
-            }
-            p.call("shutdown", sys::shutdown(near, 1));
-            p.call("recv", sys::recv(near, &mut room, 0));
-            sys::close(near);
-        })
-        .setup = Setup::Apart;
+    inside::add(&mut group);
+    meeting::add(&mut group);
     group
 }

@@ -242,7 +242,7 @@ pub fn group() -> Group {
             p.far_says("take", &[5]);
             p.far_says("recv", &[1, libc::MSG_OOB.into()]);
         })
-        .carried = super::Carried::Tcp("only TCP has urgent bytes");
+        .carried = super::Carried::Beside("only TCP has urgent bytes");
     group
         .case("7.31", "recv OOB/one byte", |p| {
             p.far_says("send", &[5, 0]);
@@ -254,6 +254,6 @@ pub fn group() -> Group {
             p.recv(1, libc::MSG_OOB);
             p.recv(20, 0);
         })
-        .carried = super::Carried::Tcp("only TCP has urgent bytes");
+        .carried = super::Carried::Beside("only TCP has urgent bytes");
     group
 }

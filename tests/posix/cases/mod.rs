@@ -31,8 +31,10 @@ pub enum Setup {
 pub enum Carried {
     /// On the lane, if it moves any.
     Lane,
-    /// Also on TCP, for this reason.
+    /// Also on TCP, for this reason, which the agent names.
     Tcp(&'static str),
+    /// Also on TCP, for a while, because of this.
+    Beside(&'static str),
 }
 
 /// One case.

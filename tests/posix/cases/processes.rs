@@ -20,7 +20,8 @@ pub(super) fn forked(f: impl FnOnce() -> c_int) -> c_int {
     }
 }
 
-fn ended(child: c_int) -> c_int {
+/// The exit status of a child, which is killed if it does not come to its end.
+pub(super) fn ended(child: c_int) -> c_int {
     let mut status = 0;
     let done = sys::soon(|| {
         // SAFETY: a child of ours, or one that was waited for already.
@@ -263,7 +264,7 @@ impl Receiver {
         Self { child: command.spawn().expect("this program runs"), socket }
     }
 
-    fn is_passed(self, p: &mut Pair, call: fn(c_int, c_int) -> Ret) {
+    fn take(self, p: &mut Pair, call: fn(c_int, c_int) -> Ret) {
         p.call("pass", call(self.socket, p.near));
         let code = ended(self.child.id() as c_int);
         p.note(format_args!("it ends with {code}"));
@@ -280,7 +281,7 @@ fn passes(group: &mut Group) {
         let sends = move |p: &mut Pair| {
             p.receives(15);
             p.send(12, 0);
-            Receiver::begin(library, "send", 20).is_passed(p, pass);
+            Receiver::begin(library, "send", 20).take(p, pass);
             p.taken(Ret(20, 0));
             p.far_says("take", &[12]);
             p.recv(20, 0);
@@ -292,7 +293,7 @@ fn passes(group: &mut Group) {
             p.send(2000, 0);
             p.receives(3000);
             p.recv(700, 0);
-            Receiver::begin(library, "recv", 1200).is_passed(p, pass);
+            Receiver::begin(library, "recv", 1200).take(p, pass);
             p.take(1100);
             p.far_says("take", &[2000]);
             exchange(p);
@@ -301,7 +302,7 @@ fn passes(group: &mut Group) {
         let much = move |p: &mut Pair| {
             p.receives(20_000);
             p.recv(1000, 0);
-            Receiver::begin(library, "recv", 15_000).is_passed(p, pass_many);
+            Receiver::begin(library, "recv", 15_000).take(p, pass_many);
             p.take(4000);
             p.far_says("shutdown", &[1]);
             p.take(1);
