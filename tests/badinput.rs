@@ -6,8 +6,13 @@ mod common;
 
 use common::agent::{Directory, Fake, Prepared};
 use common::{Lab, PROGRAM, Program, SOON, example, v4, wait_for, wait_until};
+use rustix::event::{PollFd, PollFlags, poll};
+use std::io::ErrorKind;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 use vsocket_channel::message::Message;
 use vsocket_channel::reason::Reason;
+use vsocket_frontend::carrier::Carrier;
 
 /// A connection that has to survive.
 struct Witness<'a> {
@@ -164,6 +169,38 @@ fn what_is_no_message_ends_its_sender_only() {
     }
     lab.daemon("start", "agent", "b");
     witness.ends_well();
+}
+
+/// Several that ask the agent, and ask again as soon as they are answered, so that one always waits to be accepted.
+#[test]
+fn who_asks_without_pause_keeps_nobody_from_being_heard() {
+    let lab = Lab::up("badinput-asking");
+    let socket = lab.state().join("a.agent");
+    let (done, asked) = (AtomicBool::new(false), AtomicU64::new(0));
+    let ask = || {
+        while !done.load(Ordering::Relaxed) {
+            let carrier = Carrier::connect(&socket).expect("the agent listens");
+            carrier.send(&Message::Query { what: 1 }, &[]).expect("the agent listens");
+            while carrier.recv().is_err_and(|error| error.kind() == ErrorKind::WouldBlock) {
+                let _ = poll(&mut [PollFd::new(&carrier, PollFlags::IN)], None);
+            }
+            asked.fetch_add(1, Ordering::Relaxed);
+        }
+    };
+    let came = std::thread::scope(|scope| {
+        (0..16).for_each(|_| drop(scope.spawn(ask)));
+        let server = lab.stream_server("run", "b", v4("b", 7900), &["--once"]);
+        let client = lab.stream("run", "a", "echo", v4("b", 7900), &["--until-eof", "--every", "1"]);
+        let lane =
+            || lab.ss("a").iter().any(|l| l.pid() == client.pid() && l.lanes() == ("direct", "direct"));
+        let end = Instant::now() + SOON;
+        let came = std::iter::repeat_with(lane).take_while(|_| Instant::now() < end).any(|came| came);
+        done.store(true, Ordering::Relaxed);
+        drop((client, server));
+        came
+    });
+    assert!(asked.load(Ordering::Relaxed) > 100, "asked only {asked:?} times");
+    assert!(came, "not on its lane while {asked:?} questions were answered");
 }
 
 #[test]

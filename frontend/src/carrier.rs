@@ -15,6 +15,9 @@ use vsocket_channel::message::{MAX_FDS, MESSAGE_LEN, Malformed, Message};
 #[cfg(feature = "daemon")]
 mod stream;
 
+/// How many may wait to be accepted.
+pub const BACKLOG: i32 = 1024;
+
 /// One end of a control connection. Never blocks.
 #[derive(Debug)]
 pub struct Carrier(OwnedFd);
@@ -51,7 +54,7 @@ impl Carrier {
     pub fn listen(path: &Path) -> io::Result<OwnedFd> {
         let fd = socket()?;
         rustix::net::bind(&fd, &SocketAddrUnix::new(path)?)?;
-        rustix::net::listen(&fd, 1024)?;
+        rustix::net::listen(&fd, BACKLOG)?;
         Ok(fd)
     }
 

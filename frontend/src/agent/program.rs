@@ -3,7 +3,7 @@
 use super::course::{Act, Course, Stage};
 use super::registry::{Conn, Holder, Program};
 use super::{Agent, Kind, Timer};
-use crate::carrier::Carrier;
+use crate::carrier::{BACKLOG, Carrier};
 use crate::endpoint::Endpoint;
 use crate::kernel;
 use crate::post::{Parcel, Post};
@@ -18,6 +18,8 @@ use tracing::{debug, warn};
 use vsocket_channel::message::{Message, Tuple};
 use vsocket_channel::reason::Reason;
 
+/// So many are accepted before the others have their turn.
+const AT_ONCE: usize = 64;
 /// Out of descriptors: whoever waits in the listener's queue is accepted after this.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
@@ -25,29 +27,45 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 struct Unexpected(&'static str);
 
 impl Agent {
-    /// Somebody wants to connect.
+    /// Somebody wants to connect. Who has is listened to when its turn comes: were each answered here, those that ask, and ask
+    /// again when they are answered, would keep everybody else from being heard.
     pub(super) fn handle_listener_ready(&mut self) {
-        loop {
-            match Carrier::accept(&self.listener) {
-                Ok(carrier) => self.welcome_holder(carrier),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => {}
-                Err(error) => {
-                    warn!(%error, "cannot accept");
-                    return self.timers.at(self.now + ACCEPT_AGAIN, Timer::Accept);
-                }
+        for _ in 0..AT_ONCE {
+            if !self.accept() {
+                return;
             }
         }
+        // The loop looks at the others first.
+        self.timers.at(self.now + Duration::from_nanos(1), Timer::Accept);
     }
 
     /// Listens to all who have not said who they are.
     pub(super) fn handle_newcomers(&mut self) {
-        self.handle_listener_ready();
+        for _ in 0..=BACKLOG {
+            if !self.accept() {
+                break;
+            }
+        }
         let strangers = self.registry.holders.iter().filter(|(_, h)| h.program.is_none());
         let strangers: Vec<u64> = strangers.map(|(id, _)| *id).collect();
         for id in strangers {
             self.handle_holder_ready(id);
         }
+    }
+
+    /// Takes one who waits in the listener's queue; false if there is none.
+    fn accept(&mut self) -> bool {
+        match Carrier::accept(&self.listener) {
+            Ok(carrier) => self.welcome_holder(carrier),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+            Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => {}
+            Err(error) => {
+                warn!(%error, "cannot accept");
+                self.timers.at(self.now + ACCEPT_AGAIN, Timer::Accept);
+                return false;
+            }
+        }
+        true
     }
 
     fn welcome_holder(&mut self, carrier: Carrier) {
@@ -58,7 +76,6 @@ impl Agent {
         }
         let holder = Holder { post: Post::new(carrier), pid, uid, program: None };
         self.registry.holders.insert(id, holder);
-        self.handle_holder_ready(id);
     }
 
     /// A process has something to say, or takes messages again.
