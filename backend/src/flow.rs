@@ -271,6 +271,9 @@ impl Flow {
         if self.tx.stay.is_none() {
             self.look_for_stay();
         }
+        if self.rx.open && !self.rx.gone && self.direction(1).reader.closed.load(Ordering::Relaxed) != 0 {
+            self.refuse();
+        }
         // What has room in the guest's rx ring; every segment carries it.
         let free = if self.rx.open { self.ring(1).space(self.rx.head)? as u64 } else { 0 };
         if let Some(flags) = self.rx.reset

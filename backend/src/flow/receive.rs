@@ -73,6 +73,13 @@ impl Flow {
         self.ring_due = true;
     }
 
+    /// What comes reaches nobody: its sender is told, whether or not it has sent anything, as it may be about to shut what it
+    /// has sent all of; and the stream is not expected to go on.
+    pub(super) fn refuse(&mut self) {
+        self.rx.gone = true;
+        self.rx.reset = Some(Flags::RST | Flags::ACK);
+    }
+
     fn handle_ack(&mut self, ack: u32, window: u32) -> Result<(), Drop> {
         let Some(stay) = self.tx.stay.filter(|_| self.tx.opened) else { return Err(Drop::Acknowledgement) };
         let more = u64::from(ack.wrapping_sub(self.tx.acked as u32));
@@ -129,9 +136,7 @@ impl Flow {
             return Err(Fault::Peer(Drop::Window));
         }
         if ring.indices.reader.closed.load(Ordering::Relaxed) != 0 {
-            // The bytes reach nobody; their sender is told, and the stream is not expected to go on.
-            self.rx.gone = true;
-            self.rx.reset = Some(Flags::RST | Flags::ACK);
+            self.refuse();
             return Err(Fault::Peer(Drop::ReaderGone));
         }
         if let Some(payload) = payload {

@@ -365,6 +365,20 @@ fn a_reader_that_has_gone_is_told_to_the_sender() {
 }
 
 #[test]
+fn a_sender_of_nothing_is_told_too_that_the_reader_has_gone() {
+    let mut wire = Wire::new([1 << 14; 2]);
+    wire.guests[0].open(1);
+    wire.guests[0].write(b"read");
+    wire.run();
+    wire.guests[1].directions()[1].reader.closed.store(1, Ordering::Relaxed);
+    wire.run();
+    let direction = &wire.guests[0].directions()[0];
+    assert_eq!(direction.reader.closed.load(Ordering::Relaxed), 1);
+    assert_eq!(direction.tail.tail.load(Ordering::Relaxed), 5, "all of it is acknowledged");
+    assert!(wire.drops.is_empty());
+}
+
+#[test]
 fn a_stopped_flow_says_so_last_and_takes_nothing() {
     let mut wire = Wire::new([1 << 14; 2]);
     wire.guests[0].open(1);
