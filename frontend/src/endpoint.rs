@@ -167,6 +167,15 @@ impl Endpoint<'_> {
         }
     }
 
+    /// A reset that nobody has told yet is told before all else, also to who has shut the connection itself.
+    fn hear_reset(&self) {
+        if !self.record.is(status::BROKEN)
+            && let Some(error) = self.kernel_error()
+        {
+            self.break_untold(error);
+        }
+    }
+
     fn kernel_error(&self) -> Option<Errno> {
         rustix::net::sockopt::socket_error(self.anchor).ok()?.err()
     }

@@ -37,6 +37,7 @@ impl Endpoint<'_> {
         let len = slices_len(bufs);
         loop {
             if self.record.is(status::BROKEN | status::TX_SHUT) {
+                self.hear_reset();
                 return Err(Errno::PIPE);
             }
             match tx.phase().map_err(|v| self.violated(v))? {

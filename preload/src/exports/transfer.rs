@@ -103,6 +103,17 @@ macro_rules! transmit {
     };
 }
 
+/// Serves a call that writes a list as to a file. For nothing, the kernel answers without asking the socket, which may be shut.
+macro_rules! output {
+    ($fd:expr, $flags:expr, $iov:expr, $count:expr, $real:expr) => {
+        if args::length($iov, $count) == 0 {
+            $real
+        } else {
+            transmit!($fd, $flags, args::gather($iov, $count), $real)
+        }
+    };
+}
+
 /// What libc runs when a thread is cancelled, or ends, in a frame that stands below this: its `_pthread_cleanup_buffer`.
 #[repr(C)]
 struct Cleanup {
@@ -300,16 +311,14 @@ hook! { unsafe fn write(fd: c_int, buf: *const c_void, n: size_t) -> ssize_t => 
 
 hook! { unsafe fn writev(fd: c_int, iov: *const iovec, count: c_int) -> ssize_t => vs_writev {
     // SAFETY: see above.
-    unsafe { transmit!(fd, 0, args::gather(iov, count), real!(writev)(fd, iov, count)) }
+    unsafe { output!(fd, 0, iov, count, real!(writev)(fd, iov, count)) }
 } }
 
 hook! { unsafe fn pwritev2(fd: c_int, iov: *const iovec, count: c_int, offset: off_t, flags: c_int) -> ssize_t => vs_pwritev2 {
     // SAFETY: see above.
     unsafe {
         match rwf(offset, flags) {
-            Some(how) => {
-                transmit!(fd, how, args::gather(iov, count), real!(pwritev2)(fd, iov, count, offset, flags))
-            }
+            Some(how) => output!(fd, how, iov, count, real!(pwritev2)(fd, iov, count, offset, flags)),
             None => real!(pwritev2)(fd, iov, count, offset, flags),
         }
     }

@@ -188,6 +188,29 @@ pub fn group() -> Group {
         p.send(5, libc::MSG_NOSIGNAL);
         p.recv(8, 0);
     });
+    group.case("7.11", "the far end/closes with unread data of who has shut", |p| {
+        p.send(10, 0);
+        p.far("arrived", &[10]);
+        shut(p, libc::SHUT_WR);
+        p.far_says("close", &[]);
+        p.until_reset();
+        p.send(5, libc::MSG_NOSIGNAL);
+        p.send(5, libc::MSG_NOSIGNAL);
+        p.recv(8, 0);
+    });
+    group.case("7.32", "shutdown WR/then nothing is written", |p| {
+        shut(p, libc::SHUT_WR);
+        let list = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }];
+        // SAFETY: the list outlives the calls, and names no byte.
+        let (list, plain) = unsafe {
+            (
+                sys::ret(libc::writev(p.near, list.as_ptr(), 1)),
+                sys::ret(libc::write(p.near, [0u8; 1].as_ptr().cast(), 0)),
+            )
+        };
+        p.call("writev", list);
+        p.call("write", plain);
+    });
     group.case("7.11", "the far end/closes with unread data", |p| {
         p.send(10, 0);
         p.far("arrived", &[10]);
