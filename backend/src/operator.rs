@@ -109,6 +109,7 @@ impl Daemon {
             "passes": self.passes,
             "stays": self.pairing.stays(),
             "slabs": self.pool.len(),
+            "offers": self.pairing.offers(),
             "declines": object(self.metrics.declines()),
             "withdrawals": object(self.metrics.withdrawals()),
             "drops": object(self.metrics.drops.iter()),

@@ -53,6 +53,14 @@ impl SlabKey {
         }
     }
 
+    /// Whether this program is one of the mappers.
+    fn has(&self, program: Program) -> bool {
+        match self {
+            Self::Direct(a, b) => *a == program || *b == program,
+            Self::Fabric(a, _) => *a == program,
+        }
+    }
+
     fn names(&self, vport: u32) -> bool {
         match self {
             Self::Direct(a, b) => a.0 == vport || b.0 == vport,
@@ -293,6 +301,12 @@ impl Pool {
         self.retire_all(|key| key.names(vport));
     }
 
+    /// A program has ended: nothing that it maps is handed out again.
+    pub fn retire_program(&mut self, program: Program) {
+        self.forget_wants(program);
+        self.retire_all(|key| key.has(program));
+    }
+
     fn retire_all(&mut self, of: impl Fn(&SlabKey) -> bool) {
         let mut empty = Vec::new();
         for (number, slab) in &mut self.slabs {
@@ -426,5 +440,24 @@ mod tests {
         pool.give_back(used, true);
         assert!(pool.is_empty());
         assert!(pool.changes().any(|c| matches!(c, Change::Gone(n, _) if n == used.slab)));
+    }
+
+    #[test]
+    fn the_slabs_of_a_program_that_has_ended_go_and_no_others() {
+        let mut pool = Pool::default();
+        let its = [KEY, SlabKey::Direct((2, 9), (0, 1)), SlabKey::Fabric((0, 1), 0)];
+        let others =
+            [SlabKey::Direct((0, 2), (1, 1)), SlabKey::Direct((1, 1), (2, 1)), SlabKey::Fabric((1, 1), 0)];
+        for key in its.into_iter().chain(others) {
+            let id = pool.take(key, 4096).segment().unwrap();
+            pool.give_back(id, true);
+        }
+        let used = pool.take(KEY, 4096).segment().unwrap();
+        pool.retire_program((0, 1));
+        assert_eq!(pool.len(), others.len() + 1);
+        let late = pool.take(KEY, 4096).segment().unwrap();
+        assert_ne!(late.slab, used.slab);
+        pool.give_back(used, true);
+        assert!(pool.slab(used.slab).is_none() && pool.slab(late.slab).is_some());
     }
 }

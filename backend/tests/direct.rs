@@ -165,6 +165,24 @@ fn an_agent_that_dies_takes_only_its_own_with_it() {
 }
 
 #[test]
+fn a_program_that_has_ended_leaves_no_slab() {
+    let lab = Lab::new();
+    let (a, b) = (lab.agent("a"), lab.agent("b"));
+    a.open(1, A, B, 1);
+    b.open(1, B, A, 1);
+    let (ours, theirs) = (a.prepare(), b.prepare());
+    a.commit(&ours);
+    b.commit(&theirs);
+    a.say(Message::Left { conn: 1, generation: 1 });
+    a.say(Message::Close { conn: 1 });
+    a.say(Message::Ended { program: 1 });
+    assert_eq!(b.hear(), Message::Withdraw { conn: 1, generation: 1, reason: Reason::PeerLeft });
+    assert_eq!(lab.daemon.stat()["slabs"], 1, "the other program is in it");
+    b.say(Message::Left { conn: 1, generation: 1 });
+    eventually("the slab is gone", || lab.daemon.stat()["slabs"] == 0);
+}
+
+#[test]
 fn bad_messages_end_their_sender_and_nobody_else() {
     let lab = Lab::new();
     let good = Message::Left { conn: 1, generation: 1 }.encode();

@@ -212,6 +212,12 @@ messages! {
         /// The question's number.
         n: u64,
     }
+    /// Agent → backend: a program has ended, and with it its connections: nobody maps its side of its slabs. That of a
+    /// virtual machine ends its doorbells instead.
+    Ended = 14 {
+        /// The program.
+        program: u64,
+    }
     /// Program → agent, first. The agent answers `Attached`.
     Attach = 20 {
         /// The program's process.

@@ -344,8 +344,9 @@ fn a_program_that_dies_ends_its_connection_with_every_byte_and_fin() {
     drop(b);
     assert_eq!(backend.message(), Message::Left { conn, generation: 1 });
     assert_eq!(backend.message(), Message::Close { conn });
+    assert!(matches!(backend.message(), Message::Ended { .. }));
     let stat = guest.ask("stat");
-    assert_eq!(stat["connections"]["open"], 0);
+    assert_eq!((&stat["connections"]["open"], &stat["programs"]["open"]), (&0.into(), &0.into()));
     assert_eq!(stat["bytes"]["direct"]["tx"], 60000);
 }
 

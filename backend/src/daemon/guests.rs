@@ -87,6 +87,7 @@ impl Daemon {
             }
             Message::Left { conn, generation } => self.pairing.handle_left(end(conn), generation),
             Message::Close { conn } => self.pairing.handle_close(end(conn)),
+            Message::Ended { program } => self.pool.retire_program((vport, program)),
             Message::Ping { n } => {
                 return self.vports[vport as usize].tell(&Message::Pong { n }, vec![]);
             }

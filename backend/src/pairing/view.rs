@@ -61,6 +61,11 @@ impl Pairing {
         self.stays.len()
     }
 
+    /// Offers of other hosts whose ends here are not open.
+    pub fn offers(&self) -> usize {
+        self.remote_offers.len()
+    }
+
     /// Every connection.
     pub fn lines(&self) -> impl Iterator<Item = Line> + '_ {
         self.ends.iter().map(|(id, end)| {

@@ -104,12 +104,11 @@ impl Pool {
         }
     }
 
-    /// A program has ended: nothing that it maps is handed out again.
-    pub fn retire_program(&mut self, program: Program) {
+    /// Nothing is asked for a program any more.
+    pub(super) fn forget_wants(&mut self, program: Program) {
         if let Some(lender) = self.lenders.get_mut(&program.0) {
             lender.wants.retain(|_, want| want.program() != program);
         }
-        self.retire_all(|key| *key == SlabKey::Fabric(program, key.peer()));
     }
 
     /// What came back to a guest, it may lend again.

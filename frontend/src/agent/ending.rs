@@ -181,7 +181,7 @@ impl Agent {
         let (program, record) = (conn.program, conn.record);
         drop(conn);
         if self.registry.give_back(program, record, late).is_some() {
-            self.close_bells(program);
+            self.tell_ended(program);
         }
     }
 }

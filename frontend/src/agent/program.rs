@@ -349,8 +349,17 @@ impl Agent {
             let fds = owner.fds.clone();
             self.remove_source(&fds[1]);
             if self.registry.retire(program).is_some() {
-                self.close_bells(program);
+                self.tell_ended(program);
             }
+        }
+    }
+
+    /// A program has neither processes nor connections any more.
+    pub(super) fn tell_ended(&mut self, program: u64) {
+        if self.machine.is_some() {
+            self.close_bells(program);
+        } else {
+            self.tell_backend(Message::Ended { program });
         }
     }
 
