@@ -293,6 +293,45 @@ fn the_servers_agent_dies() {
     agent_dies(Path::server);
 }
 
+/// An agent is killed, or ends, and another is started: each connection goes on meanwhile, and comes back to its lane.
+fn agent_is_replaced(guest_of: fn(Path) -> &'static str) {
+    for path in [Path::SameHost, Path::CrossHost, Path::Relayed] {
+        let guest = guest_of(path);
+        let far = if guest == "a" { path.server() } else { "a" };
+        let lab = Lab::up_for(&format!("faults-replaced-{guest}-{path:?}"), path);
+        let mut load = Load::new(&lab, path);
+        for end in ["kill", "stop"] {
+            eprintln!("{path:?} {end}");
+            lab.daemon(end, "agent", guest);
+            let before = lab.stat(far).bytes("tcp", "tx");
+            wait_until(SOON, "the far end's bytes are on TCP", || {
+                lab.stat(far).bytes("tcp", "tx") > before + 1_000_000
+            });
+            lab.daemon("start", "agent", guest);
+            load.is_on_lane();
+            let new = lab.stat(guest);
+            // Those of the streams, if none of the benchmark's.
+            assert!(new.connections("upgraded_total") >= 3, "{new:?}");
+            wait_until(SOON, "bytes on the lane by the new agent", || {
+                lab.stat(guest).bytes(path.lane(), "tx") > new.bytes(path.lane(), "tx") + 5_000_000
+            });
+            load.is_served();
+        }
+        load.has_moved(1 << 28);
+        load.finish();
+    }
+}
+
+#[test]
+fn the_clients_agent_is_replaced() {
+    agent_is_replaced(|_| "a");
+}
+
+#[test]
+fn the_servers_agent_is_replaced() {
+    agent_is_replaced(Path::server);
+}
+
 // ---------------------------------------------------------------- programs
 
 /// What a program had sent when it was killed arrives, and then the end of the stream.

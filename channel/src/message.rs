@@ -218,14 +218,16 @@ messages! {
         /// The program.
         program: u64,
     }
-    /// Program → agent, first. The agent answers `Attached`.
+    /// Program → agent, first. The agent answers `Attached`. Beside it, if an agent before had given this process alone its
+    /// records: their memfd and the bell, to be taken over.
     Attach = 20 {
         /// The program's process.
         pid: u32,
         /// 0, or the number of the program whose connections this process is about to inherit by fork.
         inherit: u64,
     }
-    /// Agent → program; beside it the memfd with the program's records, and the agent's bell (an eventfd).
+    /// Agent → program; beside it the memfd with the program's records, and the agent's bell (an eventfd): those that the
+    /// program has brought, or new ones.
     Attached = 21 {
         /// The agent's number for the program.
         program: u64,
@@ -279,6 +281,14 @@ messages! {
         handle: u64,
         /// Why: one that [`Reason::is_whole`].
         reason: Reason,
+    }
+    /// Program → agent that has taken its records over: this connection, whose descriptor is beside it, is on TCP both
+    /// ways, and may be opened again.
+    Resume = 28 {
+        /// Which record.
+        record: u32,
+        /// The last generation that it has used.
+        generation: u32,
     }
     /// Tool → daemon: what a person asks; answered by `Reply`.
     Query = 30 {

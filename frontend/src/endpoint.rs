@@ -317,6 +317,20 @@ impl Endpoint<'_> {
         !self.record.is(status::TX_STATE | status::RX_STATE) && !self.may_switch()
     }
 
+    /// The last generation that either direction has used. `None`: its locks cannot be had.
+    pub fn last_generation(&self) -> Option<u32> {
+        let tx = self.lock_tx().ok()?.generation;
+        let rx = self.lock_rx().ok()?;
+        Some(tx.max(rx.generation).max(rx.min_generation.saturating_sub(1)))
+    }
+
+    /// Whether the connection is the kernel's alone, with nothing left that only we know.
+    pub fn is_plain(&self) -> bool {
+        let plain =
+            |rx: Guard<'_, RxState>| matches!(rx.source(), Source::Raw { drop: 0, guarded: false, .. });
+        self.has_left() && self.lock_rx().is_ok_and(plain)
+    }
+
     /// Whether the sender may still switch to the generation: the peer has shut its own direction before we sent anything.
     fn may_switch(&self) -> bool {
         let ready = self.record.ready.load(Ordering::Acquire);

@@ -259,6 +259,17 @@ impl Records {
         Ok((fd, records))
     }
 
+    /// Maps records that a program has from an agent before. Whoever made them, they cannot become shorter.
+    pub fn take_over(fd: impl AsFd) -> io::Result<Self> {
+        use rustix::fs::SealFlags;
+        let exact = rustix::fs::fstat(&fd)?.st_size as u64 == Record::memory_len() as u64;
+        let sealed = rustix::fs::fcntl_get_seals(&fd)?.contains(SealFlags::SHRINK | SealFlags::GROW);
+        if !exact || !sealed {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "not the memory of records"));
+        }
+        Self::map(fd)
+    }
+
     /// Maps a program's records.
     pub fn map(fd: impl AsFd) -> io::Result<Self> {
         Ok(Self(Mapping::new(fd, Record::memory_len())?))
@@ -273,7 +284,7 @@ impl Records {
     /// Record `index`, if there is such a one.
     pub fn record(&self, index: u32) -> Option<&Record> {
         // SAFETY: the index is in range, so the record lies inside the mapping, aligned; it holds atomics and locks that
-        // the agent initialises before it names the record to anybody.
+        // an agent initialises before it names the record to anybody.
         (index < RECORDS)
             .then(|| unsafe { &*self.0.base.add(RECORDS_HEADER_LEN).cast::<Record>().add(index as usize) })
     }

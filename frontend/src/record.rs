@@ -209,6 +209,8 @@ pub struct Record {
     pub violation: AtomicU32,
     /// The errno of a connection that is broken; see `Endpoint::broken`.
     pub error: AtomicU32,
+    /// 1: the program has a connection here. Said when its records go from an agent to the next.
+    pub kept: AtomicU32,
     /// The sender's half.
     pub tx: Locked<TxState>,
     /// The receiver's half.
@@ -222,6 +224,8 @@ pub struct RecordsHeader {
     pub mail: AtomicU32,
     /// 1 while the agent's watchdog sleeps: who publishes on a fabric lane takes it and rings.
     pub watchdog: AtomicU32,
+    /// Records from here on are not in use. Said when they go from an agent to the next.
+    pub kept: AtomicU32,
 }
 
 /// Bytes of the header before the first record.

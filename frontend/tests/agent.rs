@@ -37,8 +37,20 @@ impl Guest {
         std::fs::create_dir_all(&dir).unwrap();
         let agent = start(&dir);
         let guest = Self { dir, agent };
-        wait_for("the agent's socket", || Carrier::connect(&guest.socket()).is_ok());
+        guest.serves();
         guest
+    }
+
+    fn serves(&self) {
+        wait_for("the agent's socket", || Carrier::connect(&self.socket()).is_ok());
+    }
+
+    /// The agent is killed, and another started.
+    fn replace_agent(&mut self) {
+        self.agent.kill().unwrap();
+        self.agent.wait().unwrap();
+        self.agent = start(&self.dir);
+        self.serves();
     }
 
     fn socket(&self) -> PathBuf {
@@ -420,6 +432,83 @@ fn a_fork_that_overtakes_its_attach_loses_nothing() {
     nothing(&backend.carrier, Duration::from_millis(50));
     drop(carrier);
     assert_eq!(receive(stay.far(), usize::MAX).unwrap(), b"");
+}
+
+#[test]
+fn a_connection_is_brought_to_the_next_agent() {
+    let mut guest = Guest::new();
+    let backend = Backend::serve(&guest, 1);
+    let program = Program::attach(&guest.socket(), 0);
+    let stay = Stay::begin(&program, &backend, Lane::Direct);
+    send(stay.near(&program), &pattern(5000));
+    let (other, _far) = tcp_pair();
+    let kept = program.tracked(&other, 0, 0);
+    assert_eq!((stay.record, kept), (0, 1));
+    guest.replace_agent();
+    let backend = Backend::serve(&guest, 2);
+
+    // What the library does.
+    send(stay.near(&program), b"without an agent");
+    program.record(stay.record).ready.store(0, Ordering::Release);
+    stay.near(&program).close_unopened(1);
+    assert_eq!(stay.near(&program).leave(1), Ok(true));
+    assert!(stay.near(&program).has_left());
+    program.records.header().kept.store(2, Ordering::Release);
+    for n in [stay.record, kept] {
+        program.record(n).kept.store(1, Ordering::Release);
+    }
+    let next = program.attach_again(&guest.socket());
+    assert!(next.has_records_of(&program));
+    let generation = stay.near(&next).last_generation().unwrap();
+    assert_eq!(generation, 1);
+    let resume = Message::Resume { record: stay.record, generation };
+    next.carrier.send(&resume, &[stay.a.as_fd()]).unwrap();
+    let tuple = Tuple::new(stay.a.local_addr().unwrap(), stay.a.peer_addr().unwrap());
+    let (_, opened, min_generation) = backend.opened();
+    assert_eq!((opened, min_generation), (tuple, 2));
+
+    // No byte is lost, and none is forgotten.
+    send(stay.near(&next), b"raw");
+    let sent = [&pattern(5000), &b"without an agent"[..], b"raw"].concat();
+    assert_eq!(receive(stay.far(), sent.len()).unwrap(), sent);
+    let ss = guest.ask("ss");
+    let bytes =
+        &ss.as_array().unwrap().iter().find(|l| l["local"] == tuple.local.to_string()).unwrap()["bytes"];
+    assert_eq!((&bytes["direct"]["tx"], &bytes["tcp"]["tx"]), (&5016.into(), &103.into()));
+
+    // The other's record is nobody else's until that one is closed.
+    let [(c, _d), (e, _f)] = [tcp_pair(), tcp_pair()];
+    assert_eq!(next.tracked(&c, 0, 0), 2);
+    next.say(Message::Closed { record: kept });
+    assert_eq!(next.tracked(&e, 0, 0), kept);
+    assert_eq!(guest.ask("stat")["drops"], serde_json::json!({}));
+}
+
+#[test]
+fn records_are_brought_once_and_only_whole() {
+    let mut guest = Guest::new();
+    let program = Program::attach(&guest.socket(), 0);
+    let (a, _b) = tcp_pair();
+    let record = program.tracked(&a, 0, 0);
+    let drops = |guest: &Guest, name: &str| guest.ask("stat")["drops"][name].as_u64().unwrap_or(0);
+    // The agent that has it still does.
+    assert!(!program.attach_again(&guest.socket()).has_records_of(&program));
+    assert_eq!(drops(&guest, "records-refused"), 1);
+    guest.replace_agent();
+    // Not said to be in use: it is as if nobody had it.
+    let next = program.attach_again(&guest.socket());
+    assert!(next.has_records_of(&program));
+    assert!(!program.attach_again(&guest.socket()).has_records_of(&program));
+    next.carrier.send(&Message::Resume { record, generation: 0 }, &[a.as_fd()]).unwrap();
+    assert!(readable(&next.carrier, SOON));
+    assert!(matches!(next.carrier.recv(), Ok(None) | Err(_)));
+    assert_eq!((drops(&guest, "records-refused"), drops(&guest, "resumed-record")), (1, 1));
+    // Something else than records.
+    let carrier = Carrier::connect(&guest.socket()).unwrap();
+    let (pipe, other) = std::io::pipe().unwrap();
+    carrier.send(&Message::Attach { pid: 1, inherit: 0 }, &[pipe.as_fd(), other.as_fd()]).unwrap();
+    assert!(matches!(message(&carrier), Message::Attached { .. }));
+    assert_eq!(drops(&guest, "records-refused"), 2);
 }
 
 #[test]

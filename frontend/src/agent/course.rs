@@ -127,6 +127,12 @@ impl Course {
         }
     }
 
+    /// A connection that an agent before had opened, up to this generation: to be opened again at once.
+    pub fn resumed(last_generation: u32, now: Instant) -> Self {
+        // One more than that is asked for; of the largest the backend says that it cannot be.
+        Self { last_generation: last_generation.min(u32::MAX - 1), ..Self::new(now) }
+    }
+
     /// Where it stands.
     pub fn stage(&self) -> Stage {
         self.stage
@@ -395,6 +401,17 @@ mod tests {
         assert_eq!(course.handle_commit(3, now), Some(Act::Ready(3)));
         assert_eq!(course.reason(), None);
         course
+    }
+
+    #[test]
+    fn what_an_agent_before_has_used_is_not_used_again() {
+        let now = Instant::now();
+        let mut course = Course::resumed(7, now);
+        assert_eq!(course.open(1, now), Some(Act::Open { min_generation: 8 }));
+        assert_eq!(course.handle_prepare(7, Lane::Direct, 1), Err(Reason::Superseded));
+        assert_eq!(course.handle_prepare(8, Lane::Direct, 1), Ok(()));
+        let mut last = Course::resumed(u32::MAX, now);
+        assert_eq!(last.open(1, now), Some(Act::Open { min_generation: u32::MAX }));
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! | `bells` | in a virtual machine: programs' doorbells, streams to the host |
 //! | `ending` | connections whose program has closed them, or died |
 //! | `parting` | connections that an executed program inherits |
+//! | `resuming` | connections that an agent before had |
 //! | `report` | what a person asks |
 //! | `established` | the guest's connections, as its kernel knows them |
 
@@ -26,6 +27,7 @@ mod parting;
 mod program;
 mod registry;
 pub mod report;
+mod resuming;
 mod slice;
 
 use crate::carrier::Carrier;

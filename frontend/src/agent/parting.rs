@@ -8,6 +8,7 @@ use crate::post::Parcel;
 use rustix::fd::OwnedFd;
 use rustix::net::sockopt::socket_cookie;
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tracing::debug;
 use vsocket_channel::message::Message;
@@ -121,6 +122,10 @@ impl Agent {
         let Some(conn) = self.registry.conns.get_mut(&id) else { return };
         let parting = conn.parting.take();
         conn.parted = true;
+        if let Some(record) = self.registry.conns.get(&id).and_then(|conn| self.registry.record(conn)) {
+            // Also no agent after this one is to bring it back to a lane.
+            record.leave.fetch_max(u32::MAX, Ordering::AcqRel);
+        }
         if stuck {
             self.registry.totals.drop("inherited-on-lane");
         }

@@ -114,7 +114,7 @@ impl Agent {
                 self.handle_parted(from, handle, reason, &fd);
                 Ok(())
             }
-            (Message::Attach { inherit, .. }, None) => self.attach(from, inherit),
+            (Message::Attach { inherit, .. }, None) => self.attach(from, inherit, fds),
             (Message::Track { handle, tx, rx, connector }, Some(program)) => {
                 let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| Unexpected("track-descriptors"))?;
                 match self.track(from, program, &fd, (tx, rx), connector) {
@@ -162,6 +162,16 @@ impl Agent {
                 }
                 Ok(())
             }
+            (Message::Resume { record, generation }, Some(program)) => {
+                let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| Unexpected("resume-descriptors"))?;
+                if !self.resume(from, program, &fd, record, generation) {
+                    return Err(Unexpected("resumed-record"));
+                }
+                drop(fd);
+                self.open_new();
+                Ok(())
+            }
+            (Message::Closed { record }, Some(program)) if self.give_up(program, record) => Ok(()),
             (Message::Closed { record }, Some(program)) => {
                 if let Some(conn) = self.named(program, u64::from(record)) {
                     self.release(conn, from);
@@ -182,11 +192,11 @@ impl Agent {
         alive
     }
 
-    fn attach(&mut self, from: u64, inherit: u64) -> Result<(), Unexpected> {
+    fn attach(&mut self, from: u64, inherit: u64, fds: Vec<OwnedFd>) -> Result<(), Unexpected> {
         let Some(holder) = self.registry.holders.get(&from) else { return Ok(()) };
         let (pid, uid) = (holder.pid, holder.uid);
         let id = if inherit == 0 {
-            let program = Program::new(pid, uid).map_err(|error| {
+            let program = self.make_program(pid, uid, fds).map_err(|error| {
                 warn!(%error, "no memory for a program's records");
                 Unexpected("no-memory")
             })?;
@@ -244,21 +254,25 @@ impl Agent {
             }
         };
         owner.declined.remove(&tuple);
-        let id = self.registry.number();
-        let owner = self.registry.programs.get_mut(&program).ok_or(Reason::Ending)?;
-        owner.by_record.insert(record, id);
         if let Some(record) = owner.records.record(record) {
             record.init(moved.0, moved.1, connector);
         }
-        self.registry.cookies.insert(cookie, id);
-        self.registry
-            .conns
-            .insert(id, Conn::new(program, record, from, tuple, cookie, Course::new(self.now)));
-        self.untold.push(id);
+        self.insert(Conn::new(program, record, from, tuple, cookie, Course::new(self.now)));
         Ok(record)
     }
 
-    fn check(&self, fd: &OwnedFd, moved: (u64, u64), connector: bool) -> Result<u64, Reason> {
+    /// A connection has a record, and is to be opened.
+    pub(super) fn insert(&mut self, conn: Conn) {
+        let id = self.registry.number();
+        if let Some(owner) = self.registry.programs.get_mut(&conn.program) {
+            owner.by_record.insert(conn.record, id);
+        }
+        self.registry.cookies.insert(conn.cookie, id);
+        self.registry.conns.insert(id, conn);
+        self.untold.push(id);
+    }
+
+    pub(super) fn check(&self, fd: &OwnedFd, moved: (u64, u64), connector: bool) -> Result<u64, Reason> {
         // The program goes on meanwhile, and brings the record up to date when it takes it; only prepare compares exactly.
         let counters = kernel::counters_at_least(fd, connector).map_err(|_| Reason::NotEstablished)?;
         if !counters.established {
@@ -365,10 +379,10 @@ impl Agent {
 
     /// A program's watchdog was rung.
     pub(super) fn handle_watchdog(&mut self, program: u64) {
-        let Some(program) = self.registry.programs.get(&program) else { return };
-        let mut count = [0; 8];
-        let _ = rustix::io::read(program.watchdog(), &mut count);
-        self.liveness.handle_wake(self.now);
+        // It is not drained: each ring is an edge. And one that a program has brought may be anything.
+        if self.registry.programs.contains_key(&program) {
+            self.liveness.handle_wake(self.now);
+        }
     }
 
     /// Sends a message to one process.
@@ -502,7 +516,14 @@ impl Conn {
         self.holders.len() > 1
     }
 
-    fn new(program: u64, record: u32, holder: u64, tuple: Tuple, cookie: u64, course: Course) -> Self {
+    pub(super) fn new(
+        program: u64,
+        record: u32,
+        holder: u64,
+        tuple: Tuple,
+        cookie: u64,
+        course: Course,
+    ) -> Self {
         Self {
             program,
             record,

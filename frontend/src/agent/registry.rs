@@ -11,7 +11,7 @@ use crate::post::{Parcel, Post};
 use crate::record::{RECORDS, Record, status};
 use rustix::event::EventfdFlags;
 use rustix::fd::{AsFd, OwnedFd};
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -66,6 +66,8 @@ pub struct Program {
     pub slabs: HashMap<(u64, u64), MappedSlab>,
     /// Connections that could not be tracked, and why.
     pub declined: HashMap<Tuple, Reason>,
+    /// Records that an agent before has given, of connections that are not ours so far.
+    pub reserved: HashSet<u32>,
     free: VecDeque<u32>,
     fresh: u32,
 }
@@ -79,21 +81,50 @@ impl Program {
     pub fn new(pid: i32, uid: u32) -> io::Result<Self> {
         let (memfd, records) = Records::create()?;
         let watchdog = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self::with(pid, uid, records, vec![memfd, watchdog]))
+    }
+
+    /// A program that brings its records from an agent before, with the watchdog's bell.
+    ///
+    /// # Errors
+    ///
+    /// It is not the memory of records, or cannot be mapped.
+    pub fn resumed(pid: i32, uid: u32, [memfd, watchdog]: [OwnedFd; 2]) -> io::Result<Self> {
+        let records = Records::take_over(&memfd)?;
+        let mut program = Self::with(pid, uid, records, vec![memfd, watchdog]);
+        program.fresh = program.records.header().kept.load(Ordering::Acquire).min(RECORDS);
+        let kept = |n: &u32| {
+            let record = program.records.record(*n);
+            record.is_some_and(|record| record.kept.load(Ordering::Relaxed) != 0)
+        };
+        let (reserved, free): (Vec<u32>, Vec<u32>) = (0..program.fresh).partition(kept);
+        (program.reserved, program.free) = (reserved.into_iter().collect(), free.into());
+        Ok(program)
+    }
+
+    fn with(pid: i32, uid: u32, records: Records, fds: Vec<OwnedFd>) -> Self {
         records.header().watchdog.store(1, Ordering::Release);
         let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
-        Ok(Self {
+        Self {
             name: name.map_or_else(|_| "?".to_owned(), |n| n.trim_end().to_owned()),
             pid,
             uid,
             records,
-            fds: Arc::new(vec![memfd, watchdog]),
+            fds: Arc::new(fds),
             holders: Vec::new(),
             by_record: HashMap::new(),
             slabs: HashMap::new(),
             declined: HashMap::new(),
+            reserved: HashSet::new(),
             free: VecDeque::new(),
             fresh: 0,
-        })
+        }
+    }
+
+    /// Whether its records are in this memory.
+    pub fn is_in(&self, memory: &OwnedFd) -> bool {
+        let name = |fd| rustix::fs::fstat(fd).map(|stat| (stat.st_dev, stat.st_ino)).ok();
+        self.fds.first().is_some_and(|ours| name(ours) == name(memory))
     }
 
     /// The eventfd that wakes the watchdog.
@@ -419,6 +450,48 @@ mod tests {
             assert_eq!(program.take_record(), Some(n));
         }
         assert_eq!(program.take_record(), None);
+    }
+
+    #[test]
+    fn records_in_use_go_from_an_agent_to_the_next() {
+        let before = Program::new(0, 0).unwrap();
+        before.records.header().kept.store(5, Ordering::Relaxed);
+        for n in [1, 4] {
+            before.records.record(n).unwrap().kept.store(1, Ordering::Relaxed);
+        }
+        let brought = || [0, 1].map(|n: usize| before.fds[n].try_clone().unwrap());
+        let mut next = Program::resumed(0, 0, brought()).unwrap();
+        assert!(next.is_in(&before.fds[0]) && !next.is_in(&before.fds[1]));
+        assert_eq!(next.reserved, HashSet::from([1, 4]));
+        let taken: Vec<_> = (0..5).map(|_| next.take_record().unwrap()).collect();
+        assert_eq!(taken, [0, 2, 3, 5, 6]);
+        // More than there are.
+        before.records.header().kept.store(u32::MAX, Ordering::Relaxed);
+        let mut next = Program::resumed(0, 0, brought()).unwrap();
+        assert_eq!((next.take_record(), next.fresh), (Some(0), RECORDS));
+    }
+
+    #[test]
+    fn memory_that_may_become_shorter_is_not_taken_over() {
+        use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let memory = |len: usize, seals| {
+            let fd = memfd_create("records", flags).unwrap();
+            ftruncate(&fd, len as u64).unwrap();
+            fcntl_add_seals(&fd, seals).unwrap();
+            fd
+        };
+        let both = SealFlags::SHRINK | SealFlags::GROW;
+        let len = Record::memory_len();
+        let taken = |memory: OwnedFd| {
+            let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+            Program::resumed(0, 0, [memory, bell]).is_ok()
+        };
+        assert!(taken(memory(len, both)));
+        assert!(!taken(memory(len, SealFlags::GROW)) && !taken(memory(len, SealFlags::SHRINK)));
+        assert!(!taken(memory(len - 4096, both)) && !taken(memory(len + 4096, both)));
+        let (pipe, _) = std::io::pipe().unwrap();
+        assert!(!taken(pipe.into()));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use super::epoll;
 use super::kin;
 use super::table::{self, Slot};
 use super::wait;
+use super::wait::clock;
 use crate::carrier::{Carrier, Packet};
 use crate::kernel;
 use crate::memory::{Bound, Records, Ringers, Slab};
@@ -19,6 +20,8 @@ use std::time::{Duration, Instant};
 use vsocket_channel::layout::BELLS;
 use vsocket_channel::message::{Message, Segment};
 use vsocket_channel::reason::Reason;
+
+mod resuming;
 
 /// Environment variable that names the agent's socket.
 pub const AGENT_VARIABLE: &str = "VSOCKET_AGENT";
@@ -45,6 +48,11 @@ impl SlabEntry {
 
 struct Client {
     carrier: Option<Carrier>,
+    /// The agent has answered our attach.
+    answered: bool,
+    /// Counts the agents that have.
+    attachment: u32,
+    /// The records. They outlive their agent, if connections do.
     shared: Option<Arc<Shared>>,
     program: u64,
     slabs: HashMap<u64, Arc<SlabEntry>>,
@@ -61,8 +69,11 @@ static CLIENT: Mutex<Option<Client>> = Mutex::new(None);
 /// The mail counter in shared memory, and what was seen of it.
 static MAIL: AtomicPtr<AtomicU32> = AtomicPtr::new(std::ptr::null_mut());
 static SEEN: AtomicU32 = AtomicU32::new(0);
-/// A generation was left, and the conversation was taken when the agent was to be told.
-static UNTOLD: AtomicBool = AtomicBool::new(false);
+/// When the agent is to be told what it could not be told so far, or another one is to be looked for, by the monotonic
+/// clock; 0 is never.
+static DUE: AtomicU64 = AtomicU64::new(0);
+/// At once.
+const NOW: u64 = 1;
 /// The control socket, for waiting sets; -1 is none.
 static CONTROL: AtomicI32 = AtomicI32::new(-1);
 /// The thresholds where an agent is told none, and until it has said its own. An upgrade costs 200 to 500 µs of
@@ -116,7 +127,13 @@ pub fn mail_waits() -> bool {
     // SAFETY: null, or the counter in records that are never unmapped once attached.
     let unread =
         unsafe { mail.as_ref() }.is_some_and(|c| c.load(Ordering::Relaxed) != SEEN.load(Ordering::Relaxed));
-    unread || UNTOLD.load(Ordering::Relaxed)
+    unread || is_due().is_some()
+}
+
+#[inline]
+fn is_due() -> Option<u64> {
+    let due = DUE.load(Ordering::Relaxed);
+    (due != 0 && due <= clock()).then_some(due)
 }
 
 /// Reads everything the agent has said. To be called before a sleep, by a thread that holds no set's lock: who finds the
@@ -180,30 +197,33 @@ pub fn open(fd: i32, slot: &'static Slot) {
     }
 }
 
-/// The program has closed its last descriptor of the connection.
-pub fn closed(conn: &Conn) {
-    let Ok(mut guard) = CLIENT.lock() else { return };
-    let Some(client) = guard.as_mut() else { return };
-    let index = conn.index.load(Ordering::Relaxed);
-    let ours = client.conns.get(&index).is_some_and(|c| std::ptr::eq(&raw const **c, conn));
-    if ours {
-        client.conns.remove(&index);
-        client.tell(&Message::Closed { record: index }, &[]);
+/// The program has closed its last descriptor of the connection. True: an agent has it, and what is left at the end is
+/// that one's to do. Else no agent will have it from now on.
+pub fn closed(conn: &Conn) -> bool {
+    let Ok(mut guard) = CLIENT.lock() else { return false };
+    let Some(client) = guard.as_mut() else { return false };
+    let attended = client.attends(conn);
+    if attended {
+        client.release(conn);
+    } else {
+        conn.attended.store(resuming::NEVER, Ordering::Release);
     }
+    attended
 }
 
-/// Whether the agent that the connection was opened with is still there: then what is left at the end is its to do.
-pub fn attended(conn: &Conn) -> bool {
-    let Ok(guard) = CLIENT.lock() else { return false };
-    let current = guard.as_ref().filter(|c| c.carrier.is_some()).and_then(|c| c.shared.as_ref());
-    current.is_some_and(|s| std::ptr::eq(Arc::as_ptr(s), conn.shared()))
+/// A closed connection that no agent has is not used any more.
+pub fn released(conn: &Conn) {
+    let Ok(mut guard) = CLIENT.lock() else { return };
+    if let Some(client) = guard.as_mut() {
+        client.release(conn);
+    }
 }
 
 /// The connection was shut for writing, and the agent must finish it.
 pub fn shut(conn: &Conn) {
     let index = conn.index.load(Ordering::Relaxed);
     if let Ok(mut guard) = CLIENT.lock() {
-        if let Some(client) = guard.as_mut() {
+        if let Some(client) = guard.as_mut().filter(|client| client.attends(conn)) {
             client.tell(&Message::Shut { record: index }, &[]);
         }
     }
@@ -218,7 +238,7 @@ pub fn tell_left(conn: &Conn) {
     }
     let Ok(mut guard) = CLIENT.try_lock() else {
         // The caller may hold a set's lock, so it does not wait; whoever next reads mail tells.
-        UNTOLD.store(true, Ordering::Release);
+        DUE.store(NOW, Ordering::Release);
         return;
     };
     if let Some(client) = guard.as_mut() {
@@ -228,9 +248,15 @@ pub fn tell_left(conn: &Conn) {
 
 /// Before a fork: a control connection for the child, which shares the parent's connections.
 pub fn before_fork() -> Option<Carrier> {
-    let guard = CLIENT.lock().ok()?;
-    let client = guard.as_ref()?;
-    if client.conns.is_empty() || client.carrier.is_none() {
+    let mut guard = CLIENT.lock().ok()?;
+    let client = guard.as_mut()?;
+    if client.conns.is_empty() {
+        return None;
+    }
+    wait::shared_by_fork();
+    if !client.answered {
+        // What two processes have is brought to no other agent.
+        client.forget_agent();
         return None;
     }
     let carrier = Carrier::connect(agent_path()).ok()?;
@@ -244,13 +270,12 @@ pub fn after_fork(carrier: Option<Carrier>) {
     let Some(client) = guard.as_mut() else { return };
     client.pid = std::process::id();
     client.opening.clear();
-    if carrier.is_none() && client.conns.is_empty() {
-        // Nothing is shared: the child attaches anew when it has something to open.
-        client.forget_agent();
-        return;
-    }
-    set_control(carrier.as_ref().map_or(-1, raw));
-    client.carrier = carrier;
+    let Some(carrier) = carrier else {
+        // The child attaches anew when it has something to open.
+        return client.forget_agent();
+    };
+    set_control(raw(&carrier));
+    client.carrier = Some(carrier);
 }
 
 fn raw(fd: impl AsFd) -> i32 {
@@ -259,7 +284,12 @@ fn raw(fd: impl AsFd) -> i32 {
 
 /// What tells files apart; all eventfds have the same.
 fn inode(fd: &OwnedFd) -> Option<u64> {
-    Some(rustix::fs::fstat(fd).ok()?.st_ino)
+    name(fd).map(|(_, inode)| inode)
+}
+
+fn name(fd: &OwnedFd) -> Option<(u64, u64)> {
+    let stat = rustix::fs::fstat(fd).ok()?;
+    Some((stat.st_dev, stat.st_ino))
 }
 
 /// The agent's socket, as the environment named it when the program began: servers such as nginx clear theirs.
@@ -276,6 +306,8 @@ impl Client {
     fn new() -> Self {
         Self {
             carrier: None,
+            answered: false,
+            attachment: 0,
             shared: None,
             program: 0,
             slabs: HashMap::new(),
@@ -290,18 +322,21 @@ impl Client {
     /// Whether the agent has answered our attach; begins one if not.
     fn attach(&mut self) -> bool {
         if self.carrier.is_some() {
-            return self.shared.is_some();
+            return self.answered;
         }
         if self.retry_at.is_some_and(|at| Instant::now() < at) {
             return false;
         }
         self.retry_at = Some(Instant::now() + RETRY);
         let Ok(carrier) = Carrier::connect(agent_path()).map(Carrier::lifted) else { return false };
-        if carrier.send(&Message::Attach { pid: std::process::id(), inherit: 0 }, &[]).is_err() {
+        if !self.present(&carrier) {
             return false;
         }
         set_control(raw(&carrier));
         self.carrier = Some(carrier);
+        if !self.conns.is_empty() {
+            epoll::watch_next_control();
+        }
         false
     }
 
@@ -328,9 +363,14 @@ impl Client {
     }
 
     fn tell_left(&self, conn: &Conn, generation: u32) {
-        if conn.left.swap(generation, Ordering::AcqRel) != generation {
+        if conn.left.swap(generation, Ordering::AcqRel) == generation {
+            return;
+        }
+        if self.attends(conn) {
             let record = u64::from(conn.index.load(Ordering::Relaxed));
             self.tell(&Message::Left { conn: record, generation }, &[]);
+        } else {
+            self.resume(conn);
         }
     }
 
@@ -339,20 +379,27 @@ impl Client {
             if let Some(bound) = conn.bound().filter(|_| conn.endpoint().has_left()) {
                 self.tell_left(conn, bound.generation);
             }
+            self.resume(conn);
+        }
+    }
+
+    /// A connection's record is not used here any more.
+    fn release(&mut self, conn: &Conn) {
+        let index = conn.index.load(Ordering::Relaxed);
+        if self.conns.get(&index).is_some_and(|c| std::ptr::eq(&raw const **c, conn)) {
+            self.conns.remove(&index);
+            self.tell(&Message::Closed { record: index }, &[]);
         }
     }
 
     fn read(&mut self) {
-        if UNTOLD.load(Ordering::Relaxed) && UNTOLD.swap(false, Ordering::AcqRel) {
-            self.tell_untold();
-        }
+        let mut changed = is_due().is_some_and(|due| self.do_due(due));
         let mail = MAIL.load(Ordering::Acquire);
         // SAFETY: null, or the counter in records that are never unmapped once attached.
         if let Some(counter) = unsafe { mail.as_ref() } {
             // Before reading: a message that arrives meanwhile leaves the two different.
             SEEN.store(counter.load(Ordering::Acquire), Ordering::Relaxed);
         }
-        let mut changed = false;
         while let Some(carrier) = &self.carrier {
             match carrier.recv() {
                 Ok(Some(packet)) => self.handle(packet),
@@ -393,22 +440,23 @@ impl Client {
     }
 
     fn attached(&mut self, program: u64, fds: Vec<OwnedFd>) {
-        if self.shared.is_some() {
+        self.program = program;
+        if self.answered {
             // A child that shares its parent's records.
-            self.program = program;
             return;
         }
         let mut fds = fds.into_iter();
         let (Some(memory), Some(watchdog)) = (fds.next(), fds.next()) else { return self.lost_agent() };
-        let Ok(records) = Records::map(&memory) else { return self.lost_agent() };
-        let shared = Arc::new(Shared { records, watchdog: lift(watchdog) });
-        SEEN.store(0, Ordering::Relaxed);
-        let mail = std::ptr::from_ref(&shared.records.header().mail).cast_mut();
-        // The counter is looked at without a lock, so these records stay mapped for good.
-        std::mem::forget(shared.clone());
-        MAIL.store(mail, Ordering::Release);
-        self.shared = Some(shared);
-        self.program = program;
+        let Some(name) = name(&memory) else { return self.lost_agent() };
+        if self.shared.as_ref().is_some_and(|shared| shared.name == name) {
+            (self.answered, self.attachment) = (true, self.attachment + 1);
+            self.resume_all();
+        } else {
+            let Ok(records) = Records::map(&memory) else { return self.lost_agent() };
+            let shared = Arc::new(Shared { records, memory: lift(memory), name, watchdog: lift(watchdog) });
+            (self.answered, self.attachment) = (true, self.attachment + 1);
+            self.begin(shared);
+        }
         // Whoever has proved worth it meanwhile may make no call for a while.
         for (fd, slot) in table::all() {
             let wanted = slot.phase.load(Ordering::Relaxed) == table::WANTED && slot.inside() == 0;
@@ -416,6 +464,17 @@ impl Client {
                 self.track(fd, slot);
             }
         }
+    }
+
+    /// Goes on with other records; connections of those before go on without an agent.
+    fn begin(&mut self, shared: Arc<Shared>) {
+        self.conns.clear();
+        SEEN.store(0, Ordering::Relaxed);
+        let mail = std::ptr::from_ref(&shared.records.header().mail).cast_mut();
+        // The counter is looked at without a lock, so these records stay mapped for good.
+        std::mem::forget(shared.clone());
+        MAIL.store(mail, Ordering::Release);
+        self.shared = Some(shared);
     }
 
     fn tracked(&mut self, handle: u64, record: u32) {
@@ -436,6 +495,7 @@ impl Client {
             let conn = Conn::make(fd, record, &shared)?;
             let (tx, rx) = slot.moved();
             conn.record().init(tx, rx, slot.connector());
+            conn.attended.store(self.attachment, Ordering::Release);
             slot.hold(conn.clone());
             Some(conn)
         });
@@ -520,38 +580,5 @@ impl Client {
         let entry = Arc::new(SlabEntry::new(slab, own, bells.collect()));
         self.slabs.insert(id, entry.clone());
         Some(entry)
-    }
-
-    fn forget_agent(&mut self) {
-        set_control(-1);
-        self.carrier = None;
-        self.shared = None;
-        self.conns.clear();
-        self.opening.clear();
-        MAIL.store(std::ptr::null_mut(), Ordering::Release);
-    }
-
-    /// The agent has gone: what is on a lane that needs it goes back to the anchor, the rest goes on as it is.
-    fn lost_agent(&mut self) {
-        for (_, conn) in self.conns.drain() {
-            let endpoint = conn.endpoint();
-            let fabric = endpoint.bound.is_some_and(|b| b.lane == vsocket_channel::message::Lane::Fabric);
-            if let Some(bound) = endpoint.bound {
-                endpoint.close_unopened(bound.generation);
-                if fabric {
-                    let _ = endpoint.leave(bound.generation);
-                }
-            }
-            conn.record().ready.store(0, Ordering::Release);
-            conn.kernel_in.store(1, Ordering::Release);
-            conn.stir();
-        }
-        for (fd, epoch) in self.opening.values() {
-            if let Some(slot) = table::slot(*fd).filter(|s| s.epoch.load(Ordering::Relaxed) == *epoch) {
-                slot.phase.store(table::WANTED, Ordering::Release);
-            }
-        }
-        self.forget_agent();
-        self.retry_at = Some(Instant::now() + RETRY);
     }
 }

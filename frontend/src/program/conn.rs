@@ -29,6 +29,8 @@ pub struct Conn {
     shared: AtomicPtr<Shared>,
     /// The generation of which the agent was told that we left it.
     pub left: AtomicU32,
+    /// By which attachment to an agent that one has it; 0 if none has.
+    pub attended: AtomicU32,
     /// The anchor had an edge: it may be readable.
     pub kernel_in: AtomicU32,
     /// The anchor had an edge: it may be writable.
@@ -86,10 +88,14 @@ struct Rest {
     slab: Option<Arc<SlabEntry>>,
 }
 
-/// What an attachment to an agent shares among its connections.
+/// What connections share that were opened with one agent, or with those that took over from it.
 pub struct Shared {
     /// The program's records.
     pub records: Records,
+    /// Their memory, for the next agent.
+    pub memory: OwnedFd,
+    /// The device and the number by which their memory is known.
+    pub name: (u64, u64),
     /// Wakes the agent's watchdog.
     pub watchdog: OwnedFd,
 }
@@ -108,6 +114,7 @@ impl Conn {
         conn.index.store(index, Ordering::Relaxed);
         conn.names.store(1, Ordering::Relaxed);
         conn.left.store(0, Ordering::Relaxed);
+        conn.attended.store(0, Ordering::Relaxed);
         conn.least.store(1, Ordering::Relaxed);
         conn.kernel_in.store(1, Ordering::Relaxed);
         conn.kernel_out.store(1, Ordering::Relaxed);
@@ -131,6 +138,7 @@ impl Conn {
             bound: AtomicPtr::new(std::ptr::null_mut()),
             shared: AtomicPtr::new(std::ptr::null_mut()),
             left: AtomicU32::new(0),
+            attended: AtomicU32::new(0),
             kernel_in: AtomicU32::new(0),
             kernel_out: AtomicU32::new(0),
             blocked: AtomicU32::new(0),

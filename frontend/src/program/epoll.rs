@@ -137,6 +137,15 @@ pub fn watch_control(fd: i32) {
     });
 }
 
+/// There is another control socket: sets that hold connections must hear it.
+pub fn watch_next_control() {
+    each_set(|set, inner| {
+        if set.ours.load(Ordering::Acquire) {
+            set.watch_control(&inner);
+        }
+    });
+}
+
 /// A descriptor has got a connection object: its registrations become ours.
 pub fn hold(fd: i32, conn: &ConnRef) {
     each_set(|set, mut inner| {

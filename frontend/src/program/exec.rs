@@ -12,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::BorrowedFd;
 use rustix::io::FdFlags;
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use vsocket_channel::message::Message;
 use vsocket_channel::reason::Reason;
@@ -91,9 +92,21 @@ fn is_connection(fd: i32) -> bool {
     kernel::tuple(unsafe { BorrowedFd::borrow_raw(fd) }).is_ok()
 }
 
-/// Has the agent bring these connections to TCP whole, and waits until it has.
+/// Has the agent bring these connections to TCP whole, and waits until it has. Without an agent they are as they are; but no
+/// later one is to bring them to a lane.
 pub(super) fn hand_over(fds: &[i32], reason: Reason) {
-    let Ok(agent) = Carrier::connect(client::agent_path()).map(Carrier::lifted) else { return };
+    if ask(fds, reason).is_some() {
+        return;
+    }
+    // A child that shares its parent's memory may have other numbers.
+    let concerned = |fd: i32| fork::is_foreign() || fds.contains(&fd);
+    for conn in table::all().filter(|(fd, _)| concerned(*fd)).filter_map(|(_, slot)| slot.conn()) {
+        conn.record().leave.fetch_max(u32::MAX, Ordering::AcqRel);
+    }
+}
+
+fn ask(fds: &[i32], reason: Reason) -> Option<()> {
+    let agent = Carrier::connect(client::agent_path()).map(Carrier::lifted).ok()?;
     let until = Instant::now() + MOST;
     let (mut sent, mut answered) = (0, 0);
     while answered < fds.len() {
@@ -104,7 +117,7 @@ pub(super) fn hand_over(fds: &[i32], reason: Reason) {
             match agent.send(&Message::Parted { handle: sent as u64, reason }, &[fd]) {
                 Ok(()) => sent += 1,
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
-                Err(_) => return,
+                Err(_) => return None,
             }
         }
         match agent.recv() {
@@ -112,16 +125,17 @@ pub(super) fn hand_over(fds: &[i32], reason: Reason) {
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                 let left = until.saturating_duration_since(Instant::now());
                 if left.is_zero() {
-                    return;
+                    return None;
                 }
                 let room = if sent < fds.len() { PollFlags::OUT } else { PollFlags::empty() };
                 let left =
                     Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
                 let _ = rustix::event::poll(&mut [PollFd::new(&agent, PollFlags::IN | room)], Some(&left));
             }
-            Ok(None) | Err(_) => return,
+            Ok(None) | Err(_) => return None,
         }
     }
+    Some(())
 }
 
 #[cfg(test)]

@@ -3,7 +3,6 @@
 use super::client;
 use super::descriptors;
 use super::kin;
-use super::wait;
 use crate::carrier::Carrier;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,9 +12,6 @@ static PENDING: Mutex<Option<Carrier>> = Mutex::new(None);
 
 extern "C" fn before() {
     let carrier = client::before_fork();
-    if carrier.is_some() {
-        wait::shared_by_fork();
-    }
     if let Ok(mut pending) = PENDING.lock() {
         *pending = carrier;
     }

@@ -479,15 +479,18 @@ pub fn before_close(fd: i32) {
         }
         return;
     }
-    if client::attended(&conn) {
-        client::closed(&conn);
-        return;
+    if !client::closed(&conn) {
+        finish_alone(&conn);
+        client::released(&conn);
     }
-    finish_alone(&conn);
 }
 
 /// No agent is there to finish: what can be delivered in a moment is.
 fn finish_alone(conn: &ConnRef) {
+    if conn.endpoint().is_plain() {
+        // Nobody has a duplicate: the kernel ends it as it would end any.
+        return;
+    }
     let began = Instant::now();
     while began.elapsed() < Duration::from_millis(500) {
         match conn.endpoint().shut() {

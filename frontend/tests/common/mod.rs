@@ -3,7 +3,7 @@
 #![allow(dead_code)]
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::{Errno, IoSlice, IoSliceMut};
 use rustix::net::SendFlags;
 use std::net::{TcpListener, TcpStream};
@@ -51,18 +51,35 @@ pub struct Program {
     pub carrier: Carrier,
     pub id: u64,
     pub records: Records,
+    pub memory: OwnedFd,
     pub watchdog: OwnedFd,
 }
 
 impl Program {
     pub fn attach(socket: &Path, inherit: u64) -> Self {
+        Self::attach_with(socket, inherit, &[])
+    }
+
+    /// The same program, at another agent.
+    pub fn attach_again(&self, socket: &Path) -> Self {
+        Self::attach_with(socket, 0, &[self.memory.as_fd(), self.watchdog.as_fd()])
+    }
+
+    fn attach_with(socket: &Path, inherit: u64, fds: &[BorrowedFd<'_>]) -> Self {
         let carrier = Carrier::connect(socket).unwrap();
-        carrier.send(&Message::Attach { pid: std::process::id(), inherit }, &[]).unwrap();
+        carrier.send(&Message::Attach { pid: std::process::id(), inherit }, fds).unwrap();
         let mut attached = packet(&carrier);
         let Ok(Message::Attached { program, .. }) = attached.message else { panic!("{attached:?}") };
         let watchdog = attached.fds.pop().unwrap();
-        let records = Records::map(attached.fds.pop().unwrap()).unwrap();
-        Self { carrier, id: program, records, watchdog }
+        let memory = attached.fds.pop().unwrap();
+        let records = Records::map(&memory).unwrap();
+        Self { carrier, id: program, records, memory, watchdog }
+    }
+
+    /// Whether two have the same records.
+    pub fn has_records_of(&self, other: &Self) -> bool {
+        let inode = |fd: &OwnedFd| rustix::fs::fstat(fd).unwrap().st_ino;
+        inode(&self.memory) == inode(&other.memory)
     }
 
     pub fn message(&self) -> Message {

@@ -275,7 +275,8 @@ mod cold {
             set.spin.store(0, Ordering::Relaxed);
             set.ours.store(true, Ordering::Relaxed);
             let (memfd, records) = Records::create().unwrap();
-            let shared = Arc::new(Shared { records, watchdog: memfd });
+            let watchdog = memfd.try_clone().unwrap();
+            let shared = Arc::new(Shared { records, memory: memfd, name: (0, 0), watchdog });
             let lines = (0..lines).map(|n| Line::new(&shared, n)).collect();
             let rig = Self { epfd, set, lines };
             for n in 0..rig.lines.len() {

@@ -1,0 +1,164 @@
+//! When the agent dies: its connections go on without one, and are brought to the next.
+//!
+//! The records are in memory that this process maps as well, so nothing of a connection is lost with the agent, and nothing of it
+//! changes. What is on a lane that needs the agent's backend goes back to the anchor at once, the rest when there is another
+//! agent: that one has the segment of no lane. It is looked for by whoever makes a call, twice a second. It is given the records,
+//! and told of each connection that is on the anchor both ways, which it opens with the backend as any.
+//!
+//! What several processes have is not brought to another agent: each of them would bring it. It goes on without one.
+
+use super::{Client, DUE, MAIL, RETRY, is_confined, set_control};
+use crate::carrier::Carrier;
+use crate::program::conn::{Conn, Shared};
+use crate::program::wait::clock;
+use crate::program::{table, wait};
+use crate::record::status;
+use rustix::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+use vsocket_channel::message::{Lane, Message};
+
+/// In place of an attachment: it is being closed.
+pub(super) const NEVER: u32 = u32::MAX;
+/// An agent that takes no messages is told after this.
+const LATER: Duration = Duration::from_millis(1);
+
+/// Something is to be done after this time.
+fn due_in(time: Duration) {
+    DUE.store(clock() + time.as_nanos() as u64, Ordering::Release);
+}
+
+impl Client {
+    /// Whether an agent has the connection.
+    pub(super) fn attends(&self, conn: &Conn) -> bool {
+        self.answered && self.carrier.is_some() && conn.attended.load(Ordering::Acquire) == self.attachment
+    }
+
+    /// Does what has become due; whether there is another control socket.
+    pub(super) fn do_due(&mut self, due: u64) -> bool {
+        if DUE.compare_exchange(due, 0, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+            return false;
+        }
+        if self.pid != std::process::id() {
+            // A child that shares its parent's memory (`vfork`).
+            due_in(RETRY);
+            return false;
+        }
+        self.tell_untold();
+        if self.carrier.is_some() || self.conns.is_empty() {
+            return false;
+        }
+        if is_confined() {
+            self.forget_agent();
+            return false;
+        }
+        self.attach();
+        if self.carrier.is_none() {
+            due_in(RETRY);
+        }
+        self.carrier.is_some()
+    }
+
+    /// Says to an agent who we are, with what an agent before has left.
+    pub(super) fn present(&self, to: &Carrier) -> bool {
+        let message = Message::Attach { pid: std::process::id(), inherit: 0 };
+        let kept = self.keep();
+        let fds: Vec<BorrowedFd<'_>> =
+            kept.iter().flat_map(|shared| [shared.memory.as_fd(), shared.watchdog.as_fd()]).collect();
+        // The program may have closed what is not its own.
+        to.send(&message, &fds).is_ok() || !fds.is_empty() && to.send(&message, &[]).is_ok()
+    }
+
+    /// Notes which records are in use: nobody else will know.
+    fn keep(&self) -> Option<&Arc<Shared>> {
+        let shared = self.shared.as_ref()?;
+        let end = self.conns.keys().max()? + 1;
+        for n in 0..end {
+            let used = u32::from(self.conns.contains_key(&n));
+            shared.records.record(n)?.kept.store(used, Ordering::Relaxed);
+        }
+        shared.records.header().kept.store(end, Ordering::Release);
+        Some(shared)
+    }
+
+    /// Another agent has taken the records over.
+    pub(super) fn resume_all(&self) {
+        for conn in self.conns.values() {
+            if let Some(bound) = conn.bound() {
+                // What is not written now, the sender's next call writes.
+                let _ = conn.endpoint().leave(bound.generation);
+                conn.left.store(0, Ordering::Release);
+                conn.stir();
+            }
+            self.resume(conn);
+        }
+    }
+
+    /// Brings a connection to the agent, if that one does not have it and it is on the anchor both ways. Half of one cannot be
+    /// on a lane; and what others are to find in the kernel's socket stays there.
+    pub(super) fn resume(&self, conn: &Conn) {
+        let ours =
+            self.shared.as_ref().is_some_and(|shared| std::ptr::eq(Arc::as_ptr(shared), conn.shared()));
+        if !self.answered || !ours || wait::is_shared() || conn.attended.load(Ordering::Acquire) != 0 {
+            return;
+        }
+        let (record, endpoint) = (conn.record(), conn.endpoint());
+        let ends = status::BROKEN | status::RX_EOF | status::RX_SHUT | status::TX_SHUT;
+        if record.is(ends) || record.leave.load(Ordering::Acquire) == u32::MAX || !endpoint.has_left() {
+            return;
+        }
+        let index = conn.index.load(Ordering::Relaxed);
+        let message =
+            endpoint.last_generation().map(|generation| Message::Resume { record: index, generation });
+        if message.is_none_or(|message| !self.tell(&message, &[conn.anchor()])) {
+            return due_in(LATER);
+        }
+        conn.attended.store(self.attachment, Ordering::Release);
+        conn.left.store(conn.bound().map_or(0, |bound| bound.generation), Ordering::Release);
+    }
+
+    /// Nothing is left of what was opened with an agent; whatever is still there goes on without one.
+    pub(super) fn forget_agent(&mut self) {
+        set_control(-1);
+        self.carrier = None;
+        self.answered = false;
+        self.shared = None;
+        self.conns.clear();
+        self.opening.clear();
+        MAIL.store(std::ptr::null_mut(), Ordering::Release);
+    }
+
+    /// The agent has gone: what is on a lane that needs it goes back to the anchor, the rest goes on as it is.
+    pub(super) fn lost_agent(&mut self) {
+        for conn in self.conns.values() {
+            let endpoint = conn.endpoint();
+            if let Some(bound) = endpoint.bound {
+                endpoint.close_unopened(bound.generation);
+                if bound.lane == Lane::Fabric {
+                    let _ = endpoint.leave(bound.generation);
+                }
+            }
+            conn.record().ready.store(0, Ordering::Release);
+            if conn.attended.load(Ordering::Acquire) != NEVER {
+                conn.attended.store(0, Ordering::Release);
+            }
+            conn.kernel_in.store(1, Ordering::Release);
+            conn.stir();
+        }
+        for (fd, epoch) in self.opening.values() {
+            if let Some(slot) = table::slot(*fd).filter(|s| s.epoch.load(Ordering::Relaxed) == *epoch) {
+                slot.phase.store(table::WANTED, Ordering::Release);
+            }
+        }
+        self.retry_at = Some(Instant::now() + RETRY);
+        if self.conns.is_empty() || wait::is_shared() || is_confined() {
+            return self.forget_agent();
+        }
+        set_control(-1);
+        self.carrier = None;
+        self.answered = false;
+        self.opening.clear();
+        due_in(RETRY);
+    }
+}
