@@ -219,15 +219,38 @@ hook! { unsafe fn __recv_chk(fd: c_int, buf: *mut c_void, n: size_t, room: size_
 hook! { unsafe fn recvfrom(fd: c_int, buf: *mut c_void, n: size_t, flags: c_int, from: *mut sockaddr, len: *mut socklen_t) -> ssize_t => vs_recvfrom {
     // SAFETY: see above.
     unsafe {
-        // The agent's answer may come meanwhile, and be that it is followed no more.
-        let followed = socket::is_followed(fd);
-        let got = receive!(fd, flags, args::buffer(buf, n).as_mut().map(std::slice::from_mut).map_err(|e| *e), real!(recvfrom)(fd, buf, n, flags, from, len));
-        if got >= 0 && !from.is_null() && !len.is_null() && followed {
+        if socket::is_followed(fd) {
+            return receive_from(fd, buf, n, flags, from, len);
+        }
+        real!(recvfrom)(fd, buf, n, flags, from, len)
+    }
+} }
+
+/// `recvfrom` of a descriptor that was followed when it began: the agent's answer may come meanwhile, and be that it is
+/// followed no more.
+#[inline(never)]
+unsafe fn receive_from(
+    fd: c_int,
+    buf: *mut c_void,
+    n: size_t,
+    flags: c_int,
+    from: *mut sockaddr,
+    len: *mut socklen_t,
+) -> ssize_t {
+    // SAFETY: see above.
+    unsafe {
+        let got = receive!(
+            fd,
+            flags,
+            args::buffer(buf, n).as_mut().map(std::slice::from_mut).map_err(|e| *e),
+            real!(recvfrom)(fd, buf, n, flags, from, len)
+        );
+        if got >= 0 && !from.is_null() && !len.is_null() {
             *len = 0;
         }
         got
     }
-} }
+}
 
 hook! { unsafe fn __recvfrom_chk(fd: c_int, buf: *mut c_void, n: size_t, room: size_t, flags: c_int, from: *mut sockaddr, len: *mut socklen_t) -> ssize_t => vs_recvfrom_chk {
     // SAFETY: see above; a call that would overflow is the real function's to end.
@@ -240,6 +263,7 @@ hook! { unsafe fn __recvfrom_chk(fd: c_int, buf: *mut c_void, n: size_t, room: s
 } }
 
 /// Descriptors came with a message.
+#[inline]
 unsafe fn received(msg: *const msghdr) {
     // SAFETY: the application's message, of which the kernel has just stored as much control data as it says.
     unsafe {
@@ -252,9 +276,29 @@ unsafe fn received(msg: *const msghdr) {
 hook! { unsafe fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t => vs_recvmsg {
     // SAFETY: see above.
     unsafe {
-        let followed = socket::is_followed(fd);
-        let got = receive!(fd, flags, args::of_message(args::scatter((*msg).msg_iov, (*msg).msg_iovlen as c_int)), real!(recvmsg)(fd, msg, flags));
-        if got >= 0 && flags & libc::MSG_ERRQUEUE == 0 && followed {
+        if socket::is_followed(fd) {
+            return receive_message(fd, msg, flags);
+        }
+        let got = real!(recvmsg)(fd, msg, flags);
+        if got >= 0 {
+            received(msg);
+        }
+        got
+    }
+} }
+
+/// `recvmsg` of a descriptor that was followed when it began.
+#[inline(never)]
+unsafe fn receive_message(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t {
+    // SAFETY: see above.
+    unsafe {
+        let got = receive!(
+            fd,
+            flags,
+            args::of_message(args::scatter((*msg).msg_iov, (*msg).msg_iovlen as c_int)),
+            real!(recvmsg)(fd, msg, flags)
+        );
+        if got >= 0 && flags & libc::MSG_ERRQUEUE == 0 {
             // As TCP: no name, no control data.
             (*msg).msg_namelen = 0;
             (*msg).msg_controllen = 0;
@@ -264,7 +308,7 @@ hook! { unsafe fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t 
         }
         got
     }
-} }
+}
 
 hook! { unsafe fn recvmmsg(fd: c_int, list: *mut mmsghdr, n: c_uint, flags: c_int, timeout: *mut timespec) -> c_int => vs_recvmmsg {
     // SAFETY: see above.
@@ -343,7 +387,7 @@ hook! { unsafe fn sendto(fd: c_int, buf: *const c_void, n: size_t, flags: c_int,
 unsafe fn control_is_fine(fd: c_int, msg: *const msghdr) -> bool {
     // SAFETY: the application's message, of which a copy names no buffers.
     unsafe {
-        if (*msg).msg_control.is_null() || (*msg).msg_controllen == 0 || !socket::is_followed(fd) {
+        if (*msg).msg_control.is_null() || (*msg).msg_controllen == 0 {
             return true;
         }
         let mut empty = *msg;
@@ -354,11 +398,18 @@ unsafe fn control_is_fine(fd: c_int, msg: *const msghdr) -> bool {
 }
 
 /// Connections that a message passes on go back to TCP first.
+#[inline]
 unsafe fn passing(msg: *const msghdr) {
     // SAFETY: the application's message.
-    if unsafe { (*msg).msg_controllen == 0 || (*msg).msg_control.is_null() } || !table::has_followed() {
-        return;
+    unsafe {
+        if (*msg).msg_controllen != 0 && !(*msg).msg_control.is_null() && table::has_followed() {
+            pass(msg);
+        }
     }
+}
+
+#[inline(never)]
+unsafe fn pass(msg: *const msghdr) {
     let mut found = Vec::new();
     // SAFETY: as above; its control data are as long as it says.
     unsafe { args::each_passed(msg, |fd| found.extend(socket::is_followed(fd).then_some(fd))) };
@@ -373,13 +424,22 @@ hook! { unsafe fn sendmsg(fd: c_int, msg: *const msghdr, flags: c_int) -> ssize_
     // SAFETY: see above.
     unsafe {
         passing(msg);
+        if socket::is_followed(fd) { send_message(fd, msg, flags) } else { real!(sendmsg)(fd, msg, flags) }
+    }
+} }
+
+/// `sendmsg` of a followed descriptor: not in the hook, which makes no frame for others'.
+#[inline(never)]
+unsafe fn send_message(fd: c_int, msg: *const msghdr, flags: c_int) -> ssize_t {
+    // SAFETY: see above.
+    unsafe {
         if !control_is_fine(fd, msg) {
             return args::answer(Err(Errno::INVAL));
         }
         let list = args::of_message(args::gather((*msg).msg_iov, (*msg).msg_iovlen as c_int));
         transmit!(fd, flags, list, real!(sendmsg)(fd, msg, flags))
     }
-} }
+}
 
 hook! { unsafe fn sendmmsg(fd: c_int, list: *mut mmsghdr, n: c_uint, flags: c_int) -> c_int => vs_sendmmsg {
     // SAFETY: see above.
