@@ -20,6 +20,7 @@ pub const ALL: &[(&str, usize)] = &[
     ("splice, no pipe", 1),
     ("poll, one pipe", 1),
     ("poll, 64 pipes", 1),
+    ("poll, 64 pipes and a set", 1),
     ("ppoll, one pipe", 1),
     ("select, one pipe", 1),
     ("select, 64 pipes", 1),
@@ -143,6 +144,9 @@ impl Calls {
                 }
                 "poll, one pipe" => self.poll(1, |list, n| libc::poll(list, n, -1)),
                 "poll, 64 pipes" => self.poll(64, |list, n| libc::poll(list, n, 1000)),
+                "poll, 64 pipes and a set" => {
+                    self.poll(65, |list, n| libc::poll(list, n, 1000));
+                }
                 "ppoll, one pipe" => {
                     let limit = libc::timespec { tv_sec: 1, tv_nsec: 0 };
                     self.poll(1, |list, n| libc::ppoll(list, n, &raw const limit, std::ptr::null()));
@@ -213,7 +217,7 @@ impl Calls {
     }
 
     fn poll(&self, n: usize, call: impl Fn(*mut libc::pollfd, libc::nfds_t) -> c_int) {
-        let mut list = [libc::pollfd { fd: 0, events: libc::POLLIN, revents: 0 }; 64];
+        let mut list = [libc::pollfd { fd: self.set, events: libc::POLLIN, revents: 0 }; 65];
         list.iter_mut().zip(&self.full).for_each(|(one, pipe)| one.fd = pipe[0]);
         assert_eq!(call(list.as_mut_ptr(), n as libc::nfds_t), n as c_int);
     }

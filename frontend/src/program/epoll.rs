@@ -98,7 +98,7 @@ pub fn created(fd: i32) {
     if let Ok(mut sets) = SETS.lock() {
         sets.push(set);
     }
-    slot.epoll.store(std::ptr::from_ref(set).cast_mut(), Ordering::Release);
+    slot.epoll.store(std::ptr::from_ref(set).cast_mut(), Ordering::SeqCst);
     // Whoever polls it is to ask us.
     slot.seen();
 }
@@ -107,7 +107,8 @@ pub fn created(fd: i32) {
 pub fn closed_set(fd: i32) {
     let Some(set) = set_of(fd) else { return };
     if let Some(slot) = table::slot(fd) {
-        slot.epoll.store(std::ptr::null_mut(), Ordering::Release);
+        slot.epoll.store(std::ptr::null_mut(), Ordering::SeqCst);
+        slot.unseen(|| !slot.epoll.load(Ordering::SeqCst).is_null());
     }
     if let Ok(mut sets) = SETS.lock() {
         sets.retain(|s| !std::ptr::eq(*s, set));
@@ -289,7 +290,7 @@ impl EpollSet {
 
     fn watch_control(&self, inner: &Inner) {
         if let Some(control) = client::control() {
-            self.ours.store(true, Ordering::Release);
+            self.becomes_ours();
             wait::watch(self.home(inner), control, TOKEN | CONTROL);
             wait::watch_kick(self.home(inner), TOKEN | KICK);
         }
@@ -324,7 +325,7 @@ impl EpollSet {
         // SAFETY: the application's descriptor, in a call on it or under its table entry.
         let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
         self.settle_down(inner);
-        if !self.ours.swap(true, Ordering::AcqRel) {
+        if self.becomes_ours() {
             // The first of ours in this set: who waits there is woken as well.
             wait::watch_kick(self.home(inner), TOKEN | KICK);
             self.watch_control(inner);

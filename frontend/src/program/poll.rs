@@ -293,11 +293,7 @@ fn flags_of(events: i16) -> PollFlags {
 /// Whether one of these may be a connection, or the agent has said something.
 #[inline]
 pub fn concerns(fds: &[libc::pollfd]) -> bool {
-    // Most lists are told by their range, several numbers at a time.
-    let (first, many) = table::range();
-    let near =
-        fds.iter().fold(client::mail_waits(), |any, p| any | ((p.fd as u32).wrapping_sub(first) < many));
-    near && (client::mail_waits() || fds.iter().any(|p| table::may_follow(p.fd)))
+    client::mail_waits() || table::may_follow_any(fds)
 }
 
 /// Whether one of the numbers below `nfds` in these sets may be a connection, or the agent has said something.

@@ -73,30 +73,38 @@ pub fn followed(fd: i32) -> Option<&'static Slot> {
 /// Above this number no slot has been in use so far: looks over all of them, as before each fork, end there.
 static IN_USE: AtomicU32 = AtomicU32::new(0);
 
-/// Numbers that may be followed, a bit each: lists of descriptors are looked through here, as most of them are others'.
-static MAYBE: [AtomicU64; MAX_FDS / 64] = [const { AtomicU64::new(0) }; MAX_FDS / 64];
+/// Numbers that may be followed or be a set that we are to be asked about, a byte each: most descriptors in a list are others',
+/// and are told so by one load, without a branch.
+static MAYBE: [AtomicU8; MAX_FDS] = [const { AtomicU8::new(0) }; MAX_FDS];
+/// The same, a bit each.
+static MAYBE_OF: [AtomicU64; MAX_FDS / 64] = [const { AtomicU64::new(0) }; MAX_FDS / 64];
+
+/// A number beyond the table looks like one within it, and is found out at the slot.
+#[inline]
+fn maybe(fd: i32) -> u8 {
+    const { assert!(MAX_FDS == 1 << 16) };
+    MAYBE[usize::from(fd as u16)].load(Ordering::Relaxed)
+}
 
 /// Whether a descriptor may be followed; its slot knows.
 #[inline]
 pub fn may_follow(fd: i32) -> bool {
-    // A number beyond the table looks like one within it, and is found out at the slot.
-    MAYBE[fd as u32 as usize % MAX_FDS / 64].load(Ordering::Relaxed) >> (fd as u32 % 64) & 1 != 0
+    maybe(fd) != 0
 }
 
-/// Below this number no slot has been in use so far.
-static FIRST: AtomicU32 = AtomicU32::new(u32::MAX);
-
-/// Where numbers that may be followed begin, and how many there are from there.
+/// Whether one of these may be, or be a set that we are to be asked about.
 #[inline]
-pub fn range() -> (u32, u32) {
-    let first = FIRST.load(Ordering::Relaxed);
-    (first, IN_USE.load(Ordering::Relaxed).saturating_sub(first))
+pub fn may_follow_any(fds: &[libc::pollfd]) -> bool {
+    let (fours, rest) = fds.as_chunks::<4>();
+    let four = |of: &[libc::pollfd; 4]| maybe(of[0].fd) | maybe(of[1].fd) | maybe(of[2].fd) | maybe(of[3].fd);
+    let any = fours.iter().fold(0, |any, of| any | four(of));
+    rest.iter().fold(any, |any, one| any | maybe(one.fd)) != 0
 }
 
-/// Of 64 numbers from `64 * n` on, those that may be followed.
+/// Of 64 numbers from `64 * n` on, those that may be.
 #[inline]
 pub fn may_follow_of(n: usize) -> u64 {
-    MAYBE.get(n).map_or(0, |word| word.load(Ordering::Relaxed))
+    MAYBE_OF.get(n).map_or(0, |word| word.load(Ordering::Relaxed))
 }
 
 /// All slots in use, with their numbers.
@@ -144,23 +152,29 @@ impl Slot {
         (std::ptr::from_ref(self).addr() - SLOTS.as_ptr().addr()) / size_of::<Self>()
     }
 
-    /// It is among the slots in use from now on.
+    /// Its number is not another's from now on.
     pub fn seen(&self) {
         let number = self.number();
         IN_USE.fetch_max(number as u32 + 1, Ordering::Relaxed);
-        FIRST.fetch_min(number as u32, Ordering::Relaxed);
-        MAYBE[number / 64].fetch_or(1 << (number % 64), Ordering::SeqCst);
+        MAYBE_OF[number / 64].fetch_or(1 << (number % 64), Ordering::SeqCst);
+        MAYBE[number].store(1, Ordering::SeqCst);
+    }
+
+    /// Its number is as another's from now on, unless that `matters` which has come of it meanwhile.
+    pub fn unseen(&self, matters: impl FnOnce() -> bool) {
+        let number = self.number();
+        MAYBE[number].store(0, Ordering::SeqCst);
+        MAYBE_OF[number / 64].fetch_and(!(1 << (number % 64)), Ordering::SeqCst);
+        if self.phase.load(Ordering::SeqCst) != NONE || matters() {
+            // And what it is seen by may be what was taken away.
+            self.seen();
+        }
     }
 
     /// Every call is the kernel's from now on.
     pub fn leave_alone(&self) {
         self.phase.store(NONE, Ordering::SeqCst);
-        let number = self.number();
-        MAYBE[number / 64].fetch_and(!(1 << (number % 64)), Ordering::SeqCst);
-        if self.phase.load(Ordering::SeqCst) != NONE {
-            // The number is in use again already, and its new bit may be what was taken away.
-            self.seen();
-        }
+        self.unseen(|| !self.epoll.load(Ordering::SeqCst).is_null());
     }
 
     /// It has proved worth opening; false if another thread has gone on with it, which must not be undone.

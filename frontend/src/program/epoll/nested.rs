@@ -11,11 +11,11 @@ use super::inner::Inner;
 use super::{EpollSet, KICK, TOKEN, each_set, set_of};
 use crate::program::client;
 use crate::program::descriptors::lift;
-use crate::program::wait;
+use crate::program::{table, wait};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// How deep sets may stand in sets (`epoll_ctl(2)`, ELOOP).
 pub(super) const DEEPEST: u32 = 5;
@@ -90,7 +90,7 @@ pub(super) fn ctl(set: &EpollSet, op: i32, fd: i32, child: &'static EpollSet, in
         Some(_) => {}
         None => inner.children.push(Child { fd, set: child, interest }),
     }
-    set.nests.store(true, Ordering::Release);
+    set.comes_to(&set.nests);
     drop(inner);
     child.is_watched.store(true, Ordering::Release);
     child.refresh(DEEPEST);
@@ -103,10 +103,13 @@ pub(super) fn closed(set: &EpollSet) {
 
 /// Whether a descriptor is a set whose readiness the kernel may not know; from now on it is taken to be watched.
 pub fn is_set_of_ours(fd: i32) -> bool {
-    set_of(fd).is_some_and(|set| {
-        set.is_watched.store(true, Ordering::Release);
-        set.concerns_us(DEEPEST)
-    })
+    let Some(set) = set_of(fd) else { return false };
+    set.is_watched.store(true, Ordering::Release);
+    let is_ours = set.concerns_us(DEEPEST);
+    if !is_ours {
+        set.pass_over();
+    }
+    is_ours
 }
 
 /// Whether the kernel may take the set to be ready only because of edges that nobody has looked after.
@@ -122,6 +125,29 @@ pub fn refresh(fd: i32) {
 }
 
 impl EpollSet {
+    /// Something of ours is in it from now on. Whether that is new.
+    pub(super) fn becomes_ours(&self) -> bool {
+        self.comes_to(&self.ours)
+    }
+
+    /// Something is true of it from now on for which whoever polls it is to ask us. Whether that is new.
+    fn comes_to(&self, what: &AtomicBool) -> bool {
+        let new = !what.swap(true, Ordering::SeqCst);
+        if let Some(slot) = table::slot(self.fd).filter(|_| new) {
+            slot.seen();
+        }
+        new
+    }
+
+    /// Known to be watched, and with nothing for which to ask us, it is any other's descriptor in a list until that comes.
+    fn pass_over(&self) {
+        let Some(slot) = table::slot(self.fd) else { return };
+        slot.unseen(|| {
+            let asked = self.ours.load(Ordering::SeqCst) || self.nests.load(Ordering::SeqCst);
+            asked || !std::ptr::eq(slot.epoll.load(Ordering::SeqCst), self)
+        });
+    }
+
     /// Whether it has connections of ours, or a set that has.
     pub(super) fn concerns_us(&self, deepest: u32) -> bool {
         self.ours.load(Ordering::Acquire)
@@ -265,3 +291,29 @@ impl EpollSet {
 
 /// All tokens of this module stand above the slabs'.
 const _: () = assert!(READY < HOME && HOME < super::CONTROL && super::CONTROL < KICK);
+
+#[cfg(test)]
+mod tests {
+    use super::super::{closed_set, created};
+    use super::*;
+
+    #[test]
+    fn a_set_is_asked_about_until_it_is_known_to_have_nothing_of_ours_and_again_when_it_has() {
+        let sets = [(); 2].map(|()| lift(epoll::create(epoll::CreateFlags::CLOEXEC).unwrap()));
+        let [outer, fd] = [0, 1].map(|n: usize| sets[n].as_raw_fd());
+        [outer, fd].into_iter().for_each(created);
+        let listed = |fd: i32| table::may_follow_any(&[libc::pollfd { fd, events: 0, revents: 0 }; 5]);
+        assert!(listed(fd), "it does not know yet that it is watched");
+        assert!(!is_set_of_ours(fd) && !listed(fd));
+        assert!(set_of(fd).unwrap().becomes_ours() && listed(fd));
+        assert!(is_set_of_ours(fd) && listed(fd));
+        assert!(!is_set_of_ours(outer) && !listed(outer));
+        let interest = Some(Interest { events: 1, data: 2 });
+        ctl(set_of(outer).unwrap(), libc::EPOLL_CTL_ADD, fd, set_of(fd).unwrap(), interest);
+        assert!(listed(outer) && is_set_of_ours(outer) && listed(outer));
+        closed_set(fd);
+        assert!(!listed(fd));
+        assert!(!is_set_of_ours(outer) && listed(outer), "another may come into it");
+        closed_set(outer);
+    }
+}
