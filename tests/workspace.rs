@@ -19,6 +19,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("backend/src/fabric/verbs/receive.rs", "reads what a device has written"),
     ("backend/src/slab/memory.rs", "maps slabs, and lays the contract's structures over the mapping"),
     ("backend/src/slice.rs", "sched_setattr, which no safe crate has"),
+    ("channel/src/bell.rs", "a full barrier that is cheaper than the fence"),
     ("channel/src/layout.rs", "promises that the shared structures hold for any bit pattern"),
     ("channel/src/ring.rs", "copies to and from memory that the other side may write"),
     ("frontend/src/agent/slice.rs", "sched_setattr, for the agent"),

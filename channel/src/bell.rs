@@ -34,6 +34,15 @@ impl Bell {
 }
 
 /// Orders what was published before the look at the bells. Pairs with the fence in [`Bell::announce`].
+#[inline]
 pub fn publish_fence() {
+    #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+    // SAFETY: reads and writes a word of this function's own stack as it is. A locked instruction is as full a barrier as the
+    // `mfence` that the fence would be, at a quarter of its time, which was a fifth of a short send; and the compiler moves no
+    // access to memory across it, as it is not said to be `nomem`.
+    unsafe {
+        core::arch::asm!("lock or dword ptr [{0}], 0", in(reg) &mut 0u32, options(nostack));
+    };
+    #[cfg(not(all(target_arch = "x86_64", not(any(loom, miri)))))]
     fence(Ordering::SeqCst);
 }
