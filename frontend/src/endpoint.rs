@@ -54,22 +54,28 @@ impl Endpoint<'_> {
         Ok(tx)
     }
 
+    #[inline]
     fn recover_tx(&self, tx: &mut Guard<'_, TxState>) {
         if tx.recovered {
-            let connector = self.record.connector.load(Ordering::Relaxed) != 0;
-            let known = kernel::counters(self.anchor, connector).ok().flatten();
-            let done = known.ok_or(Violation::Counters).and_then(|c| tx.recover(c.tx));
-            if let (Ok(Phase::Ring), Some(bound)) = (tx.phase(), self.bound_for(tx.generation)) {
-                // What was accepted is in the ring's memory; the owner may have died before it said so, or before it
-                // announced the stay: so the stay ends.
-                bound.tx().publish(tx.off);
-                self.record.leave.fetch_max(tx.generation, Ordering::AcqRel);
-                bound.ring_far();
-            }
-            self.settle_tx(tx);
-            if let Err(why) = done {
-                self.violated(why);
-            }
+            self.recover_dead_tx(tx);
+        }
+    }
+
+    #[cold]
+    fn recover_dead_tx(&self, tx: &mut Guard<'_, TxState>) {
+        let connector = self.record.connector.load(Ordering::Relaxed) != 0;
+        let known = kernel::counters(self.anchor, connector).ok().flatten();
+        let done = known.ok_or(Violation::Counters).and_then(|c| tx.recover(c.tx));
+        if let (Ok(Phase::Ring), Some(bound)) = (tx.phase(), self.bound_for(tx.generation)) {
+            // What was accepted is in the ring's memory; the owner may have died before it said so, or before it
+            // announced the stay: so the stay ends.
+            bound.tx().publish(tx.off);
+            self.record.leave.fetch_max(tx.generation, Ordering::AcqRel);
+            bound.ring_far();
+        }
+        self.settle_tx(tx);
+        if let Err(why) = done {
+            self.violated(why);
         }
     }
 
@@ -79,27 +85,33 @@ impl Endpoint<'_> {
         Ok(rx)
     }
 
+    #[inline]
     fn recover_rx(&self, rx: &mut Guard<'_, RxState>) {
         if rx.recovered {
-            let connector = self.record.connector.load(Ordering::Relaxed) != 0;
-            let known = kernel::counters(self.anchor, connector).ok().flatten();
-            match known.ok_or(Violation::Counters).and_then(|c| rx.recover(c.rx)) {
-                Ok(untaken) => {
-                    // It recorded a frame and died before it took it.
-                    let mut frame = [0; REWIND_LEN];
-                    let _ = recv_anchor(self.anchor, &mut frame[..untaken as usize], RecvFlags::empty());
-                    if let (Source::Ring { generation }, Some(bound)) = (rx.source(), self.bound) {
-                        if bound.generation == generation {
-                            bound.rx().release(rx.off);
-                        }
+            self.recover_dead_rx(rx);
+        }
+    }
+
+    #[cold]
+    fn recover_dead_rx(&self, rx: &mut Guard<'_, RxState>) {
+        let connector = self.record.connector.load(Ordering::Relaxed) != 0;
+        let known = kernel::counters(self.anchor, connector).ok().flatten();
+        match known.ok_or(Violation::Counters).and_then(|c| rx.recover(c.rx)) {
+            Ok(untaken) => {
+                // It recorded a frame and died before it took it.
+                let mut frame = [0; REWIND_LEN];
+                let _ = recv_anchor(self.anchor, &mut frame[..untaken as usize], RecvFlags::empty());
+                if let (Source::Ring { generation }, Some(bound)) = (rx.source(), self.bound) {
+                    if bound.generation == generation {
+                        bound.rx().release(rx.off);
                     }
                 }
-                Err(why) => {
-                    self.violated(why);
-                }
             }
-            self.settle_rx(rx);
+            Err(why) => {
+                self.violated(why);
+            }
         }
+        self.settle_rx(rx);
     }
 
     fn bound_for(&self, generation: u32) -> Option<&Bound> {

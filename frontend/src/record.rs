@@ -4,7 +4,7 @@
 
 use crate::lane::rx::RxState;
 use crate::lane::tx::TxState;
-use std::cell::UnsafeCell;
+use std::cell::{Cell, UnsafeCell};
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -84,10 +84,21 @@ pub enum LockError {
     Busy,
 }
 
+/// A direction's lock, taken, and its state not read yet: small, so that it can be handed on. The state is not to be copied more
+/// often than it must: on the way of a short message each copy is felt.
+#[must_use = "what the owner before left undone is to be done"]
+pub struct Taken<'a, T: Copy> {
+    lock: &'a Locked<T>,
+    /// As in [`Guard`].
+    recovered: bool,
+}
+
 /// Access to a direction's state.
 pub struct Guard<'a, T: Copy> {
     lock: &'a Locked<T>,
     state: T,
+    /// It may have changed since it was stored.
+    changed: Cell<bool>,
     /// The owner before died with the lock held: the state may be behind the kernel.
     pub recovered: bool,
 }
@@ -110,8 +121,13 @@ impl<T: Copy> Locked<T> {
         self.current.store(0, Ordering::Release);
     }
 
-    /// Takes the lock. It is never held across a wait in the kernel, so this is short.
+    /// Takes the lock, and reads the state.
     pub fn lock(&self) -> Result<Guard<'_, T>, LockError> {
+        self.take().map(Taken::open)
+    }
+
+    /// Takes the lock. It is never held across a wait in the kernel, so this is short.
+    pub fn take(&self) -> Result<Taken<'_, T>, LockError> {
         // SAFETY: the mutex was initialised by `init` before the record was handed out, and lives in mapped memory.
         self.taken(unsafe { libc::pthread_mutex_lock(self.mutex.get().cast()) })
     }
@@ -124,29 +140,43 @@ impl<T: Copy> Locked<T> {
             tv_sec: now.tv_sec + most.as_secs() as i64 + nanos / 1_000_000_000,
             tv_nsec: nanos % 1_000_000_000,
         };
-        // SAFETY: as in `lock`; the deadline outlives the call.
-        self.taken(unsafe { libc::pthread_mutex_timedlock(self.mutex.get().cast(), &raw const until) })
+        // SAFETY: as in `take`; the deadline outlives the call.
+        let got = unsafe { libc::pthread_mutex_timedlock(self.mutex.get().cast(), &raw const until) };
+        self.taken(got).map(Taken::open)
     }
 
-    fn guard(&self, recovered: bool) -> Guard<'_, T> {
-        let current = self.current.load(Ordering::Acquire) as usize & 1;
-        // SAFETY: the caller has just taken the mutex, so nobody writes the slot.
-        let state = unsafe { *self.slots[current].get() };
-        Guard { lock: self, state, recovered }
-    }
-
-    fn taken(&self, got: libc::c_int) -> Result<Guard<'_, T>, LockError> {
+    #[inline]
+    fn taken(&self, got: libc::c_int) -> Result<Taken<'_, T>, LockError> {
         match got {
-            0 => Ok(self.guard(false)),
+            0 => Ok(Taken { lock: self, recovered: false }),
             libc::EOWNERDEAD => {
                 // SAFETY: we hold the mutex, in the state that EOWNERDEAD leaves it.
                 unsafe { libc::pthread_mutex_consistent(self.mutex.get().cast()) };
-                Ok(self.guard(true))
+                Ok(Taken { lock: self, recovered: true })
             }
             libc::EDEADLK => Err(LockError::Reentered),
             libc::ETIMEDOUT => Err(LockError::Busy),
             _ => Err(LockError::Garbled),
         }
+    }
+}
+
+impl<'a, T: Copy> Taken<'a, T> {
+    /// Reads the state, to where the guard will stay.
+    #[inline(always)]
+    pub fn open(self) -> Guard<'a, T> {
+        let Self { lock, recovered } = *std::mem::ManuallyDrop::new(self);
+        let current = lock.current.load(Ordering::Acquire) as usize & 1;
+        // SAFETY: the mutex is taken, so nobody writes the slot.
+        let state = unsafe { *lock.slots[current].get() };
+        Guard { lock, state, changed: Cell::new(false), recovered }
+    }
+}
+
+impl<T: Copy> Drop for Taken<'_, T> {
+    fn drop(&mut self) {
+        // SAFETY: this thread holds the mutex, and has not made a guard of it.
+        unsafe { libc::pthread_mutex_unlock(self.lock.mutex.get().cast()) };
     }
 }
 
@@ -159,6 +189,7 @@ impl<T: Copy> std::ops::Deref for Guard<'_, T> {
 
 impl<T: Copy> std::ops::DerefMut for Guard<'_, T> {
     fn deref_mut(&mut self) -> &mut T {
+        self.changed.set(true);
         &mut self.state
     }
 }
@@ -166,9 +197,12 @@ impl<T: Copy> std::ops::DerefMut for Guard<'_, T> {
 impl<T: Copy> Guard<'_, T> {
     /// Stores the state: to be called before what it says is shown to anybody else. Dropping the guard stores it too.
     pub fn commit(&self) {
+        if !self.changed.replace(false) {
+            return;
+        }
         let next = self.lock.current.load(Ordering::Relaxed) & 1 ^ 1;
         // SAFETY: the guard holds the mutex, and the slot that is not current belongs to its holder.
-        unsafe { *self.lock.slots[next as usize].get() = self.state };
+        unsafe { store(&self.state, self.lock.slots[next as usize].get()) };
         // Release: the slot is whole before it is current, also for who takes over when this thread dies in between.
         self.lock.current.store(next, Ordering::Release);
     }
@@ -179,6 +213,22 @@ impl<T: Copy> Drop for Guard<'_, T> {
         self.commit();
         // SAFETY: this thread holds the mutex.
         unsafe { libc::pthread_mutex_unlock(self.lock.mutex.get().cast()) };
+    }
+}
+
+/// Stores word by word: a state has just been changed so, and a longer piece of what the processor has not written back yet it
+/// would have to wait for.
+///
+/// # Safety
+///
+/// As for a write through `to`.
+#[inline(always)]
+unsafe fn store<T: Copy>(from: &T, to: *mut T) {
+    const { assert!(align_of::<T>() == 8 && size_of::<T>().is_multiple_of(8)) };
+    let (from, to) = (std::ptr::from_ref(from).cast::<MaybeUninit<u64>>(), to.cast::<MaybeUninit<u64>>());
+    for n in 0..size_of::<T>() / 8 {
+        // SAFETY: word `n` of both, which are aligned to words.
+        unsafe { to.add(n).write_volatile(from.add(n).read()) };
     }
 }
 

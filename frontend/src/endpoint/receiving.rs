@@ -1,6 +1,6 @@
 //! Receiving: raw, guarded, from the ring, and what it left behind.
 
-use super::{Endpoint, Result, recv_anchor};
+use super::{Endpoint, Result, lock_errno, recv_anchor};
 use crate::kernel;
 use crate::lane::Violation;
 use crate::lane::rx::{RxState, Source, Verdict};
@@ -38,7 +38,8 @@ impl Endpoint<'_> {
         let mut ended = 0;
         let shut = self.record.is(status::RX_SHUT);
         let got = {
-            let mut rx = self.lock_rx()?;
+            let mut rx = self.record.rx.take().map_err(lock_errno)?.open();
+            self.recover_rx(&mut rx);
             let got = if peek {
                 self.peek_on(&mut rx, bufs, look || shut, &mut ended)
             } else {

@@ -1,6 +1,6 @@
 //! Sending: raw, onto the ring, and off it again.
 
-use super::{Endpoint, Result};
+use super::{Endpoint, Result, lock_errno};
 use crate::kernel;
 use crate::lane::Violation;
 use crate::lane::tx::{Due, Phase, TxState};
@@ -19,7 +19,14 @@ impl Endpoint<'_> {
     ///
     /// `AGAIN` if nothing can, else what `send(2)` would say.
     pub fn send(&self, bufs: &[IoSlice<'_>], flags: SendFlags) -> Result<usize> {
-        let sent = self.lock_tx().and_then(|mut tx| self.send_locked(&mut tx, bufs, flags));
+        let sent = match self.record.tx.take() {
+            Ok(taken) => {
+                let mut tx = taken.open();
+                self.recover_tx(&mut tx);
+                self.send_locked(&mut tx, bufs, flags)
+            }
+            Err(error) => Err(lock_errno(error)),
+        };
         match sent {
             Err(error) if error != Errno::AGAIN && self.record.take(status::UNTOLD) => {
                 Err(self.reset_errno())
