@@ -26,7 +26,8 @@ fn reads(fd: c_int) -> Ret {
 }
 
 fn writes(fd: c_int) -> Ret {
-    let data = vec![1; 64 << 20];
+    // Zeros, which come without being written: it is to wait in the call when the other thread acts.
+    let data = vec![0; 64 << 20];
     let got = sys::send(fd, &data, libc::MSG_NOSIGNAL);
     if got.0 >= 0 { Ret(isize::from(got.0 < data.len() as isize), 0) } else { got }
 }
