@@ -27,6 +27,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("frontend/src/kernel.rs", "TCP_INFO and TIOCOUTQ, which no safe crate has"),
     ("frontend/src/memory.rs", "maps what agent and backend hand out"),
     ("frontend/src/record.rs", "robust locks and records in memory shared by program and agent"),
+    ("frontend/src/program/cancel.rs", "pthread_setcancelstate, which no safe crate has"),
     ("frontend/src/program/client.rs", "descriptors that the application must not see and may close"),
     ("frontend/src/program/conn.rs", "a connection's objects outlive the descriptors that name them"),
     ("frontend/src/program/epoll.rs", "C structures of epoll, and descriptors of the application"),
@@ -130,6 +131,7 @@ const HOOKS: &[(&str, &str)] = &[
     ("writev", "sends"),
     // Threads.
     ("pthread_cancel", "who waits in a served call is to end"),
+    ("pthread_setcanceltype", "a thread may be to end in the middle of anything"),
     // What no hook sees.
     ("aio_read", "glibc reads by a symbol of its own, in another thread"),
     ("aio_read64", "the name of aio_read in programs with large files"),

@@ -1,14 +1,14 @@
 //! What every hook is made of: the symbol, the next function of its name, and the part between them that is ours.
 //!
 //! The real call is made in frames that hold nothing: a thread that is cancelled in it unwinds through them as through C's, and
-//! neither a guard nor a lock is left behind. What is ours is done before and after, in [`ours`].
+//! neither a guard nor a lock is left behind. What is ours is done before and after, in [`ours`] or [`moving`].
 
 use crate::args;
-use libc::{c_int, c_void};
+use libc::c_void;
 use std::ffi::CStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicPtr, Ordering};
-use vsocket_frontend::program::cancel;
+use vsocket_frontend::program::cancel::{self, Held};
 
 /// The next function of a name, found once.
 pub struct Next(AtomicPtr<c_void>, &'static CStr);
@@ -35,23 +35,8 @@ impl Next {
     }
 }
 
-unsafe extern "C" {
-    fn pthread_setcancelstate(state: c_int, before: *mut c_int) -> c_int;
-}
-
 unsafe extern "C-unwind" {
     fn pthread_testcancel();
-}
-
-/// `PTHREAD_CANCEL_ENABLE`.
-const ENABLE: c_int = 0;
-/// `PTHREAD_CANCEL_DISABLE`.
-const DISABLE: c_int = 1;
-
-/// This thread's name.
-fn this_thread() -> usize {
-    // SAFETY: only asks.
-    unsafe { libc::pthread_self() as usize }
 }
 
 /// A cancellation point, of a call that is served: a thread that is to end ends here. The caller's frames hold nothing.
@@ -64,8 +49,8 @@ pub fn point() {
 
 #[cold]
 fn end_if_cancelled() {
-    if Held::new().0 == ENABLE {
-        cancel::unmark(this_thread());
+    if Held::now().is_first() {
+        cancel::unmark(cancel::this_thread());
         // SAFETY: unwinds, if at all, through frames that hold nothing; functions of this ABI lead to the application's.
         unsafe { pthread_testcancel() };
     }
@@ -76,33 +61,21 @@ pub fn is_cancelled(failed: bool) -> bool {
     failed && cancel::any() && args::errno() == libc::ECANCELED
 }
 
-/// While it lives, this thread is not cancelled.
-pub struct Held(c_int);
-
-impl Held {
-    /// From now on.
-    pub fn new() -> Self {
-        let mut before = 0;
-        // SAFETY: a valid state, and a place of our own.
-        unsafe { pthread_setcancelstate(DISABLE, &raw mut before) };
-        Self(before)
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        // SAFETY: the state that there was; the old one is not asked for.
-        unsafe { pthread_setcancelstate(self.0, std::ptr::null_mut()) };
-    }
-}
-
 /// Runs a part of a hook that is ours. No cancellation unwinds through it. `None` if it panicked: then the call is the kernel's.
 pub fn ours<T>(f: impl FnOnce() -> T) -> Option<T> {
-    let held = Held::new();
-    let before = cancel::within(if held.0 == ENABLE { this_thread() } else { 0 });
+    let held = Held::now();
+    let before = cancel::within(if held.is_first() { cancel::this_thread() } else { 0 });
     let done = catch_unwind(AssertUnwindSafe(f)).ok();
     cancel::within(before);
     done
+}
+
+/// As [`ours`], for a part that moves bytes: to keep off a cancellation each time takes as long as all of a short send. It keeps
+/// it off itself where it waits ([`cancel::Within`]); before, it calls no function of libc in which a thread ends: locks and
+/// memory are none, and rustix makes system calls itself.
+#[inline]
+pub fn moving<T>(f: impl FnOnce() -> T) -> Option<T> {
+    if cancel::comes_anywhere() { ours(f) } else { catch_unwind(AssertUnwindSafe(f)).ok() }
 }
 
 /// Defines a hook: the symbol, a function of this library's that is called for it, and `real!` for the next of its name.

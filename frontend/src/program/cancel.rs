@@ -6,6 +6,7 @@
 use super::wait;
 use rustix::io::Errno;
 use std::cell::Cell;
+use std::ffi::c_int;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// What a wait ends with in a thread that is to end. No call on a socket fails so.
@@ -18,6 +19,19 @@ static NEXT: AtomicUsize = AtomicUsize::new(0);
 /// Some thread was ever cancelled.
 static ANY: AtomicBool = AtomicBool::new(false);
 
+/// Some thread was ever to be cancelled at any moment (`PTHREAD_CANCEL_ASYNCHRONOUS`).
+static ANYWHERE: AtomicBool = AtomicBool::new(false);
+
+unsafe extern "C-unwind" {
+    // Where a cancellation may come anywhere, it comes here.
+    fn pthread_setcancelstate(state: c_int, before: *mut c_int) -> c_int;
+}
+
+/// `PTHREAD_CANCEL_ENABLE`.
+const ENABLE: c_int = 0;
+/// `PTHREAD_CANCEL_DISABLE`.
+const DISABLE: c_int = 1;
+
 thread_local! {
     /// This thread, while it is in a part of ours and could be cancelled but for that; else 0.
     static CANCELLABLE: Cell<usize> = const { Cell::new(0) };
@@ -27,6 +41,71 @@ thread_local! {
 #[inline]
 pub fn any() -> bool {
     ANY.load(Ordering::Relaxed)
+}
+
+/// Whether a cancellation may come in the middle of anything, not only in a call of libc's.
+#[inline]
+pub fn comes_anywhere() -> bool {
+    ANYWHERE.load(Ordering::Relaxed)
+}
+
+/// From now on it may.
+pub fn may_come_anywhere() {
+    ANYWHERE.store(true, Ordering::SeqCst);
+}
+
+/// This thread's name.
+pub fn this_thread() -> usize {
+    // SAFETY: only asks.
+    unsafe { libc::pthread_self() as usize }
+}
+
+/// While it lives, this thread is not cancelled.
+pub struct Held(c_int);
+
+impl Held {
+    /// From now on.
+    pub fn now() -> Self {
+        let mut before = 0;
+        // SAFETY: a valid state, and a place of our own.
+        unsafe { pthread_setcancelstate(DISABLE, &raw mut before) };
+        Self(before)
+    }
+
+    /// Whether it could be cancelled but for this.
+    pub fn is_first(&self) -> bool {
+        self.0 == ENABLE
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // SAFETY: the state that there was; the old one is not asked for.
+        unsafe { pthread_setcancelstate(self.0, std::ptr::null_mut()) };
+    }
+}
+
+/// While it lives, this thread is not cancelled, and is [`wanted`] if it is to be. Where a data call waits, or does more than
+/// move bytes: there it comes to functions of libc that end a thread that is cancelled.
+pub struct Within {
+    outer: Option<usize>,
+    _held: Held,
+}
+
+impl Within {
+    /// From now on. What stands around it stays as it is.
+    pub fn now() -> Self {
+        let held = Held::now();
+        Self { outer: held.is_first().then(|| within(this_thread())), _held: held }
+    }
+}
+
+impl Drop for Within {
+    fn drop(&mut self) {
+        if let Some(outer) = self.outer {
+            within(outer);
+        }
+    }
 }
 
 /// This thread comes into a part of ours, or leaves it with what was returned then.
@@ -81,5 +160,20 @@ mod tests {
         assert!(wanted(), "the latest are known");
         (100..100 + MARKED.len()).chain([7]).for_each(unmark);
         within(0);
+    }
+    #[test]
+    fn a_wait_is_within_unless_what_stands_around_it_is_not_to_be_cancelled() {
+        let now = || CANCELLABLE.with(Cell::get);
+        {
+            let _outer = Within::now();
+            let _inner = Within::now();
+            assert_eq!(now(), this_thread());
+            drop(_inner);
+            assert_eq!(now(), this_thread());
+        }
+        assert_eq!(now(), 0);
+        let _held = Held::now();
+        let _inner = Within::now();
+        assert_eq!(now(), 0);
     }
 }

@@ -1,6 +1,7 @@
 //! The process's conversation with the agent: attach, open, prepare, close. Nothing waits for an answer; what arrives is
 //! noticed by a counter in shared memory on busy paths, and by the control socket in every set that sleeps.
 
+use super::cancel;
 use super::conn::{Conn, ConnRef, Shared};
 use super::descriptors::lift;
 use super::epoll;
@@ -139,6 +140,7 @@ fn is_due() -> Option<u64> {
 /// Reads everything the agent has said. To be called before a sleep, by a thread that holds no set's lock: who finds the
 /// conversation taken waits a moment for it, as what the other thread does may not be reading.
 pub fn read_mail() {
+    let _within = cancel::Within::now();
     for _ in 0..1000 {
         if let Ok(mut guard) = CLIENT.try_lock() {
             if let Some(client) = guard.as_mut() {
@@ -170,6 +172,7 @@ pub fn is_confined() -> bool {
 
 /// A followed descriptor has proved worth it, or waits for its answer: goes on with opening it.
 pub fn open(fd: i32, slot: &'static Slot) {
+    let _within = cancel::Within::now();
     if CONFINED.load(Ordering::Acquire) {
         return slot.leave_alone();
     }
@@ -236,6 +239,7 @@ pub fn tell_left(conn: &Conn) {
     if conn.left.load(Ordering::Relaxed) == generation || !conn.endpoint().has_left() {
         return;
     }
+    let _within = cancel::Within::now();
     let Ok(mut guard) = CLIENT.try_lock() else {
         // The caller may hold a set's lock, so it does not wait; whoever next reads mail tells.
         DUE.store(NOW, Ordering::Release);

@@ -1,5 +1,6 @@
 //! A connection that was opened with the agent, as this process sees it.
 
+use super::cancel;
 use super::client::SlabEntry;
 use super::epoll::EpollSet;
 use crate::endpoint::Endpoint;
@@ -269,6 +270,7 @@ impl Conn {
         if self.live.swap(0, Ordering::AcqRel) == 0 {
             return;
         }
+        let _within = cancel::Within::now();
         if let Ok(mut rest) = self.rest.lock() {
             let last = self.bound.swap(std::ptr::null_mut(), Ordering::AcqRel);
             for bound in rest.retired.drain(..).chain((!last.is_null()).then_some(last)) {

@@ -81,6 +81,7 @@ pub fn has_failed(anchor: BorrowedFd<'_>) -> bool {
 ///
 /// `AGAIN` at the deadline, `INTR` after a signal.
 pub fn wait_one(fd: i32, slot: &'static Slot, want: Want, deadline: Option<Instant>) -> Result<bool, Errno> {
+    let _within = cancel::Within::now();
     let (conn, began) = (slot.conn(), Instant::now());
     if let Some(conn) = &conn {
         if is_ready(conn, want) == Some(false) && spin_one(conn, want) {

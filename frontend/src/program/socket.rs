@@ -339,11 +339,10 @@ pub fn recv(
     }
     let nonblocking = flags.contains(RecvFlags::DONTWAIT) || slot.nonblocking(fd);
     let peek = flags.contains(RecvFlags::PEEK);
-    let least = slot.conn().map_or(1, |conn| conn.least.load(Ordering::Relaxed) as usize);
     let target = match (nonblocking, flags.contains(RecvFlags::WAITALL)) {
         (true, _) => 0,
         (_, true) => total,
-        _ => least.min(total),
+        _ => slot.least().min(total),
     };
     let mut done = recv_some(fd, slot, bufs, flags, (nonblocking, peek))?;
     if peek && done > 0 && done < target {

@@ -237,6 +237,13 @@ impl Slot {
         self.conn.load(Ordering::Acquire)
     }
 
+    /// The fewest bytes that a receiving call waits for (`SO_RCVLOWAT`).
+    pub fn least(&self) -> usize {
+        // SAFETY: connection objects are never freed; one that the slot has just lost tells another connection's number, as a
+        // call that came later would have.
+        unsafe { self.conn_ptr().as_ref() }.map_or(1, |conn| conn.least.load(Ordering::Relaxed) as usize)
+    }
+
     /// Puts a connection object into the slot, which takes over the reference.
     pub fn hold(&self, conn: ConnRef) {
         conn.put(&self.conn);

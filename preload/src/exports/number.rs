@@ -2,8 +2,9 @@
 
 use super::control;
 use super::{exec as run, lifetime as life, readiness as ready, transfer as data, unseen};
-use crate::hook::{Held, Next};
+use crate::hook::Next;
 use libc::{c_int, c_long, c_uint, sigset_t};
+use vsocket_frontend::program::cancel::Held;
 use vsocket_frontend::program::{client, socket};
 
 static SYSCALL: Next = Next::new(c"syscall");
@@ -32,7 +33,7 @@ pub unsafe extern "C-unwind" fn syscall(
         let moves = moves_data(number);
         if !moves || socket::is_followed(a as c_int) {
             // The calls themselves are cancellation points; `syscall` is none.
-            let _held = (moves || waits(number)).then(Held::new);
+            let _held = (moves || waits(number)).then(Held::now);
             if let Some(done) = served(number, [a, b, c, d, e, f]) {
                 return done;
             }

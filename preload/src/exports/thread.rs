@@ -14,3 +14,14 @@ hook! { unsafe fn pthread_cancel(thread: pthread_t) -> c_int => vs_pthread_cance
     }
     got
 } }
+
+hook! { unsafe fn pthread_setcanceltype(kind: c_int, before: *mut c_int) -> c_int => vs_pthread_setcanceltype {
+    if kind == ASYNCHRONOUS {
+        cancel::may_come_anywhere();
+    }
+    // SAFETY: the application's arguments, handed on.
+    unsafe { real!(pthread_setcanceltype)(kind, before) }
+} }
+
+/// `PTHREAD_CANCEL_ASYNCHRONOUS`.
+const ASYNCHRONOUS: c_int = 1;

@@ -1,7 +1,7 @@
 //! Sending and receiving.
 
 use crate::args;
-use crate::hook::{is_cancelled, ours, point};
+use crate::hook::{is_cancelled, moving, ours, point};
 use libc::{
     c_int, c_uint, c_void, iovec, mmsghdr, msghdr, off_t, size_t, sockaddr, socklen_t, ssize_t, timespec,
 };
@@ -39,7 +39,7 @@ macro_rules! receive {
         } else {
             loop {
             point();
-            let route = ours(|| socket::receiving($fd, RecvFlags::from_bits_retain($flags as c_uint)));
+            let route = moving(|| socket::receiving($fd, RecvFlags::from_bits_retain($flags as c_uint)));
             let n = match route.unwrap_or(Ok(Route::Kernel)) {
                 Err(error) => args::answer(Err(error)),
                 Ok(Route::Kernel) => $real,
@@ -52,7 +52,7 @@ macro_rules! receive {
                 }
                 Ok(Route::Served(slot)) => {
                     let flags = RecvFlags::from_bits_retain($flags as c_uint);
-                    let served = ours(|| args::answer($bufs.and_then(|bufs| socket::recv($fd, slot, bufs, flags))));
+                    let served = moving(|| args::answer($bufs.and_then(|bufs| socket::recv($fd, slot, bufs, flags))));
                     served.unwrap_or_else(|| $real)
                 }
             };
@@ -79,7 +79,7 @@ macro_rules! transmit {
         } else {
             loop {
                 point();
-                let n = match ours(|| socket::sending($fd)).unwrap_or(Route::Kernel) {
+                let n = match moving(|| socket::sending($fd)).unwrap_or(Route::Kernel) {
                     Route::Kernel => $real,
                     Route::Counted(inside) => {
                         let n = counted!(inside, $real);
@@ -89,7 +89,7 @@ macro_rules! transmit {
                     Route::Served(slot) => {
                         let flags = SendFlags::from_bits_retain($flags as c_uint);
                         let quiet = $flags & libc::MSG_NOSIGNAL != 0;
-                        let served = ours(|| {
+                        let served = moving(|| {
                             args::sent($bufs.and_then(|bufs| socket::send($fd, slot, bufs, flags)), quiet)
                         });
                         served.unwrap_or_else(|| $real)

@@ -16,6 +16,7 @@ unsafe extern "C-unwind" {
     fn poll(list: *mut libc::pollfd, n: libc::nfds_t, timeout: c_int) -> c_int;
     fn epoll_wait(set: c_int, events: *mut libc::epoll_event, n: c_int, timeout: c_int) -> c_int;
     fn pthread_setcancelstate(state: c_int, before: *mut c_int) -> c_int;
+    fn pthread_setcanceltype(kind: c_int, before: *mut c_int) -> c_int;
     fn pthread_cancel(thread: libc::pthread_t) -> c_int;
     fn _pthread_cleanup_push(
         place: *mut [usize; 4],
@@ -94,6 +95,15 @@ pub extern "C-unwind" fn disabled(fd: *mut c_void) -> *mut c_void {
     // SAFETY: see above.
     unsafe {
         pthread_setcancelstate(1, std::ptr::null_mut());
+        recv(fd as usize as c_int, [0u8; 8].as_mut_ptr(), 8, 0) as usize as *mut c_void
+    }
+}
+
+/// Receives while a cancellation may come at any moment.
+pub extern "C-unwind" fn anywhere(fd: *mut c_void) -> *mut c_void {
+    // SAFETY: see above.
+    unsafe {
+        pthread_setcanceltype(1, std::ptr::null_mut());
         recv(fd as usize as c_int, [0u8; 8].as_mut_ptr(), 8, 0) as usize as *mut c_void
     }
 }

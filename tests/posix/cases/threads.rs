@@ -164,5 +164,12 @@ pub fn group() -> Group {
         p.receives(6);
         p.recv(9, 0);
     });
+    // The last: from here on the library takes none but the long way.
+    group.case("7.40", "cancel/a thread that may be cancelled at any moment", |p| {
+        let fd = p.near;
+        p.note(cancel::ended(cancel::anywhere, fd, Duration::from_millis(25)));
+        p.receives(6);
+        p.recv(9, 0);
+    });
     group
 }
