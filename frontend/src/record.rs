@@ -276,6 +276,9 @@ pub struct RecordsHeader {
     pub watchdog: AtomicU32,
     /// Records from here on are not in use. Said when they go from an agent to the next.
     pub kept: AtomicU32,
+    /// 1: a process has something to say that the agent's socket does not take. The agent takes it when it has read what is there, and
+    /// says that it has.
+    pub behind: AtomicU32,
 }
 
 /// Bytes of the header before the first record.

@@ -807,6 +807,22 @@ fn a_stopped_program_does_not_stop_the_agent() {
     }
 }
 
+/// Its processes share the memory in which it says so, and any of them may be the one.
+#[test]
+fn a_program_that_has_more_to_say_than_the_socket_takes_is_told_when_it_takes_more() {
+    let guest = Guest::new();
+    let _backend = Backend::serve(&guest, 1);
+    let program = Program::attach(&guest.socket(), 0);
+    let child = Program::attach(&guest.socket(), program.id);
+    program.records.header().behind.store(1, Ordering::SeqCst);
+    program.say(Message::Closed { record: 9 });
+    program.nudged(u32::MAX);
+    child.nudged(u32::MAX);
+    assert_eq!(program.records.header().behind.load(Ordering::SeqCst), 0);
+    program.say(Message::Closed { record: 9 });
+    nothing(&program.carrier, Duration::from_millis(50));
+}
+
 #[test]
 fn sigterm_leaves_the_lanes_and_removes_the_socket() {
     let mut guest = Guest::new();

@@ -86,7 +86,7 @@ impl Agent {
         while let Some(holder) = self.registry.holders.get_mut(&id) {
             let packet = match holder.post.recv() {
                 Ok(Some(packet)) => packet,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return self.hear_rest(id),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Ok(None) | Err(_) => return self.lose_holder(id),
             };
@@ -98,6 +98,20 @@ impl Agent {
                 warn!(holder = id, what, "a program's connection is closed");
                 self.registry.totals.drop(what);
                 return self.lose_holder(id);
+            }
+        }
+    }
+
+    /// A program's socket has been read: what it did not take, it takes now. Which process waits is not known.
+    fn hear_rest(&mut self, id: u64) {
+        let program = self.registry.holders.get(&id).and_then(|holder| holder.program);
+        let Some(program) = program.and_then(|program| self.registry.programs.get(&program)) else { return };
+        let behind = &program.records.header().behind;
+        // Pairs with `send_waiting`: either its second attempt finds room, or what it says is seen here.
+        if behind.load(Ordering::SeqCst) != 0 && behind.swap(0, Ordering::SeqCst) != 0 {
+            for holder in program.holders.clone() {
+                // Of no connection: the message itself is what makes it send.
+                self.tell_holder(holder, Message::Nudge { record: u32::MAX }, Parcel::new());
             }
         }
     }

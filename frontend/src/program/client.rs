@@ -13,7 +13,8 @@ use crate::carrier::{Carrier, Packet};
 use crate::kernel;
 use crate::memory::{Bound, Records, Ringers, Slab};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::collections::HashMap;
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -22,6 +23,7 @@ use vsocket_channel::layout::BELLS;
 use vsocket_channel::message::{Message, Segment};
 use vsocket_channel::reason::Reason;
 
+mod outbox;
 mod resuming;
 
 /// Environment variable that names the agent's socket.
@@ -61,6 +63,8 @@ struct Client {
     conns: HashMap<u32, ConnRef>,
     /// Opened descriptors and their epochs, by handle.
     opening: HashMap<u64, (i32, u32)>,
+    /// What the agent's socket has not taken so far.
+    outbox: RefCell<VecDeque<Message>>,
     next_handle: u64,
     retry_at: Option<Instant>,
     pid: u32,
@@ -227,7 +231,7 @@ pub fn shut(conn: &Conn) {
     let index = conn.index.load(Ordering::Relaxed);
     if let Ok(mut guard) = CLIENT.lock() {
         if let Some(client) = guard.as_mut().filter(|client| client.attends(conn)) {
-            client.tell(&Message::Shut { record: index }, &[]);
+            client.tell(Message::Shut { record: index });
         }
     }
 }
@@ -274,6 +278,8 @@ pub fn after_fork(carrier: Option<Carrier>) {
     let Some(client) = guard.as_mut() else { return };
     client.pid = std::process::id();
     client.opening.clear();
+    // The parent says that.
+    client.outbox.get_mut().clear();
     let Some(carrier) = carrier else {
         // The child attaches anew when it has something to open.
         return client.forget_agent();
@@ -317,6 +323,7 @@ impl Client {
             slabs: HashMap::new(),
             conns: HashMap::new(),
             opening: HashMap::new(),
+            outbox: RefCell::default(),
             next_handle: 1,
             retry_at: None,
             pid: std::process::id(),
@@ -354,16 +361,12 @@ impl Client {
         let handle = self.next_handle;
         let (tx, rx) = slot.moved();
         let message = Message::Track { handle, tx, rx, connector: slot.connector() };
-        if self.tell(&message, &[anchor]) {
+        if self.tell_now(&message, &[anchor]) {
             self.next_handle += 1;
             self.opening.insert(handle, (fd, slot.epoch.load(Ordering::Relaxed)));
             slot.phase.store(table::OPENING, Ordering::Release);
             epoll::watch_control(fd);
         }
-    }
-
-    fn tell(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> bool {
-        self.carrier.as_ref().is_some_and(|c| c.send(message, fds).is_ok())
     }
 
     fn tell_left(&self, conn: &Conn, generation: u32) {
@@ -372,7 +375,7 @@ impl Client {
         }
         if self.attends(conn) {
             let record = u64::from(conn.index.load(Ordering::Relaxed));
-            self.tell(&Message::Left { conn: record, generation }, &[]);
+            self.tell(Message::Left { conn: record, generation });
         } else {
             self.resume(conn);
         }
@@ -392,11 +395,12 @@ impl Client {
         let index = conn.index.load(Ordering::Relaxed);
         if self.conns.get(&index).is_some_and(|c| std::ptr::eq(&raw const **c, conn)) {
             self.conns.remove(&index);
-            self.tell(&Message::Closed { record: index }, &[]);
+            self.tell(Message::Closed { record: index });
         }
     }
 
     fn read(&mut self) {
+        self.send_waiting();
         let mut changed = is_due().is_some_and(|due| self.do_due(due));
         let mail = MAIL.load(Ordering::Acquire);
         // SAFETY: null, or the counter in records that are never unmapped once attached.
@@ -487,12 +491,12 @@ impl Client {
             s.epoch.load(Ordering::Relaxed) == epoch && s.phase.load(Ordering::Relaxed) == table::OPENING
         });
         let (Some(slot), Some(shared)) = (slot, self.shared.clone()) else {
-            self.tell(&Message::Closed { record }, &[]);
+            self.tell(Message::Closed { record });
             return;
         };
         if !kin::is_alone(fd, slot) {
             // Forked while it was asked for.
-            self.tell(&Message::Closed { record }, &[]);
+            self.tell(Message::Closed { record });
             return slot.again();
         }
         let made = slot.adopt(|| {
@@ -510,7 +514,7 @@ impl Client {
             }
             _ => {
                 // A call was inside the kernel: another time.
-                self.tell(&Message::Closed { record }, &[]);
+                self.tell(Message::Closed { record });
                 slot.phase.store(table::WANTED, Ordering::Release);
             }
         }
@@ -529,7 +533,7 @@ impl Client {
     fn prepare(&mut self, conn: u64, generation: u32, segment: &Segment, fds: Vec<OwnedFd>) {
         let record = u32::try_from(conn).unwrap_or(u32::MAX);
         let refuse = |client: &mut Self, reason| {
-            client.tell(&Message::Refused { conn, generation, reason }, &[]);
+            client.tell(Message::Refused { conn, generation, reason });
         };
         let Some(held) = self.conns.get(&record).cloned() else { return refuse(self, Reason::Busy) };
         let Some(entry) = self.slab(segment, fds) else { return refuse(self, Reason::NoMemory) };
@@ -547,8 +551,7 @@ impl Client {
             Ok(()) => {
                 held.left.store(0, Ordering::Release);
                 epoll::bound(&held);
-                let anchor = held.anchor();
-                self.tell(&Message::Prepared { conn, generation }, &[anchor]);
+                self.tell(Message::Prepared { conn, generation });
             }
             Err(reason) => refuse(self, reason),
         }

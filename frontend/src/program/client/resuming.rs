@@ -22,10 +22,10 @@ use vsocket_channel::message::{Lane, Message};
 /// In place of an attachment: it is being closed.
 pub(super) const NEVER: u32 = u32::MAX;
 /// An agent that takes no messages is told after this.
-const LATER: Duration = Duration::from_millis(1);
+pub(super) const LATER: Duration = Duration::from_millis(1);
 
 /// Something is to be done after this time.
-fn due_in(time: Duration) {
+pub(super) fn due_in(time: Duration) {
     DUE.store(clock() + time.as_nanos() as u64, Ordering::Release);
 }
 
@@ -111,7 +111,7 @@ impl Client {
         let index = conn.index.load(Ordering::Relaxed);
         let message =
             endpoint.last_generation().map(|generation| Message::Resume { record: index, generation });
-        if message.is_none_or(|message| !self.tell(&message, &[conn.anchor()])) {
+        if message.is_none_or(|message| !self.tell_now(&message, &[conn.anchor()])) {
             return due_in(LATER);
         }
         conn.attended.store(self.attachment, Ordering::Release);
@@ -126,6 +126,7 @@ impl Client {
         self.shared = None;
         self.conns.clear();
         self.opening.clear();
+        self.outbox.get_mut().clear();
         MAIL.store(std::ptr::null_mut(), Ordering::Release);
     }
 
@@ -159,6 +160,7 @@ impl Client {
         self.carrier = None;
         self.answered = false;
         self.opening.clear();
+        self.outbox.get_mut().clear();
         due_in(RETRY);
     }
 }
