@@ -8,7 +8,7 @@
 
 use super::socket;
 use super::wait::clock;
-use super::{exec, table};
+use super::{client, exec, table};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -40,6 +40,10 @@ pub fn submitted(fds: &[i32]) {
 
 /// A connection has proved worth a lane: whether it is to stay on TCP, as the agent is told then.
 pub fn keeps(fd: i32) {
+    if client::is_confined() {
+        // Nothing is opened from a sandbox, and it may forbid the look.
+        return;
+    }
     let now = clock();
     if !RINGS.load(Ordering::Relaxed) {
         let last = LOOKED.load(Ordering::Relaxed);
