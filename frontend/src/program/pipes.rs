@@ -51,10 +51,20 @@ fn put(pipe: i32, data: &[u8], wait: bool) -> Result<usize, Errno> {
                     [rustix::event::PollFd::from_borrowed_fd(borrowed(pipe), rustix::event::PollFlags::OUT)];
                 rustix::event::poll(&mut one, None)?;
             }
-            Err(Errno::OPNOTSUPP) => return rustix::io::write(borrowed(pipe), data),
+            Err(Errno::OPNOTSUPP) => return put_by(pipe, data, wait),
             other => return other,
         }
     }
+}
+
+/// The same where the kernel writes to no pipe without waiting: by way of a pipe of our own, as `splice` can be told not to wait.
+fn put_by(pipe: i32, data: &[u8], wait: bool) -> Result<usize, Errno> {
+    let (back, front) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+    // It may have less room than it was asked to hold, where the user has many.
+    rustix::fs::fcntl_setfl(&front, rustix::fs::OFlags::NONBLOCK)?;
+    let held = rustix::io::write(&front, data)?;
+    let flags = if wait { SpliceFlags::empty() } else { SpliceFlags::NONBLOCK };
+    rustix::pipe::splice(&back, None, borrowed(pipe), None, held, flags)
 }
 
 fn is_nonblocking(fd: i32) -> bool {

@@ -117,6 +117,20 @@ pub fn group() -> Group {
             sys::close(*fd);
         });
     });
+    group.case("7.37", "splice/socket to full pipe", |p| {
+        let pipe = sys::pipe();
+        let mut all = [0; 65536];
+        unsafe { libc::write(pipe[1], all.as_ptr().cast(), all.len()) };
+        p.receives(50);
+        p.call("splice", splice(p.near, pipe[1], 30, libc::SPLICE_F_NONBLOCK));
+        unsafe { libc::read(pipe[0], all.as_mut_ptr().cast(), all.len()) };
+        p.call("splice", splice(p.near, pipe[1], 30, libc::SPLICE_F_NONBLOCK));
+        let got = ret(unsafe { libc::read(pipe[0], all.as_mut_ptr().cast(), 64) });
+        p.got("read", got, &all);
+        pipe.iter().for_each(|fd| {
+            sys::close(*fd);
+        });
+    });
     group.case("7.37", "splice/socket to pipe, data comes later", |p| {
         let pipe = sys::pipe();
         p.far("later send", &[20, 0]);
