@@ -63,6 +63,8 @@ struct Client {
     conns: HashMap<u32, ConnRef>,
     /// Opened descriptors and their epochs, by handle.
     opening: HashMap<u64, (i32, u32)>,
+    /// Opened descriptors, by handle, and their records, which a call in the kernel has kept from getting them so far.
+    granted: Vec<(u64, u32)>,
     /// What the agent's socket has not taken so far.
     outbox: RefCell<VecDeque<Message>>,
     next_handle: u64,
@@ -278,8 +280,9 @@ pub fn after_fork(carrier: Option<Carrier>) {
     let Some(client) = guard.as_mut() else { return };
     client.pid = std::process::id();
     client.opening.clear();
-    // The parent says that.
+    // The parent says that, and does that.
     client.outbox.get_mut().clear();
+    client.granted.clear();
     let Some(carrier) = carrier else {
         // The child attaches anew when it has something to open.
         return client.forget_agent();
@@ -323,6 +326,7 @@ impl Client {
             slabs: HashMap::new(),
             conns: HashMap::new(),
             opening: HashMap::new(),
+            granted: Vec::new(),
             outbox: RefCell::default(),
             next_handle: 1,
             retry_at: None,
@@ -401,6 +405,9 @@ impl Client {
 
     fn read(&mut self) {
         self.send_waiting();
+        for (handle, record) in std::mem::take(&mut self.granted) {
+            self.tracked(handle, record);
+        }
         let mut changed = is_due().is_some_and(|due| self.do_due(due));
         let mail = MAIL.load(Ordering::Acquire);
         // SAFETY: null, or the counter in records that are never unmapped once attached.
@@ -512,10 +519,15 @@ impl Client {
                 epoll::hold(fd, &conn);
                 self.conns.insert(record, conn);
             }
-            _ => {
-                // A call was inside the kernel: another time.
+            Some(None) => {
                 self.tell(Message::Closed { record });
                 slot.phase.store(table::WANTED, Ordering::Release);
+            }
+            None => {
+                // Another thread's call is inside the kernel, and does not wait there: in a moment.
+                self.opening.insert(handle, (fd, epoch));
+                self.granted.push((handle, record));
+                resuming::due_in(resuming::LATER);
             }
         }
     }

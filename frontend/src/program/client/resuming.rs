@@ -127,6 +127,7 @@ impl Client {
         self.conns.clear();
         self.opening.clear();
         self.outbox.get_mut().clear();
+        self.granted.clear();
         MAIL.store(std::ptr::null_mut(), Ordering::Release);
     }
 
@@ -161,6 +162,7 @@ impl Client {
         self.answered = false;
         self.opening.clear();
         self.outbox.get_mut().clear();
+        self.granted.clear();
         due_in(RETRY);
     }
 }
