@@ -278,9 +278,9 @@ impl Slot {
         result
     }
 
-    /// Counts bytes of a call: sent (`direction` 1) or received (2).
+    /// Counts bytes of a call: sent (`direction` 1) or received (2); what was only looked at (0) is still to come.
     pub fn count(&self, direction: u8, n: u64) {
-        if n == 0 {
+        if n == 0 || direction == 0 {
             return;
         }
         let counter = if direction == 1 { &self.tx } else { &self.rx };
