@@ -53,14 +53,14 @@ fn redis_replicates() {
         // The snapshot goes over TCP: the child that makes it has the connection as well, and was forked before it was worth
         // a lane. What comes after it does not.
         let then = site.lab.stat(copy);
-        load("400000", "2000000");
+        load("1000000", "2000000");
         synchronized();
         let digests = [master, copy].map(|guest| ask(&site, guest, &["debug", "digest"]));
         assert_eq!(digests[0], digests[1], "what the two hold");
         assert!(ask(&site, copy, &["dbsize"]).parse::<u64>().expect("a number of keys") > 300_000);
         let rose = |lane| site.lab.stat(copy).moved(lane) - then.moved(lane);
         let (fast, tcp) = (rose("direct") + rose("fabric"), rose("tcp"));
-        assert!(fast > 30_000_000 && tcp < fast / 3, "{fast} bytes on lanes, {tcp} on TCP");
+        assert!(fast > 100_000_000 && tcp < fast / 4, "{fast} bytes on lanes, {tcp} on TCP");
         kit::stop(two);
         kit::stop(one);
     }
@@ -75,8 +75,8 @@ fn redis_transactions_and_subscriptions() {
     for path in PATHS {
         let site = Site::new("redis-transactions", path);
         let (ip, script) = (site.ip(), source("redis_check.py"));
-        let command = ["python3", &script, &ip, "8", "400"];
-        site.compare("8 clients, MULTI, PUBLISH", "transactions/s", on_lane(9, 400_000), |verb| {
+        let command = ["python3", &script, &ip, "8", "1500"];
+        site.compare("8 clients, MULTI, PUBLISH", "transactions/s", on_lane(9, 5_000_000), |verb| {
             let server = redis(&site, verb, site.server(), &[]);
             let rate = number(&site.client(verb, &command), "rate");
             kit::stop(server);
@@ -93,11 +93,12 @@ fn redis_with_five_thousand_clients() {
     for path in PATHS {
         let site = Site::new("redis-5000", path);
         let ip = site.ip();
-        let command = ["redis-benchmark", "-h", &ip, "-t", "get", "-c", "5000", "-n", "600000", "--csv"];
-        // A guest may have 1024 connections on lanes; the others stay on TCP, for that reason.
+        let command = ["redis-benchmark", "-h", &ip, "-t", "get", "-c", "5000", "-n", "300000", "--csv"];
+        // A guest may have 1024 connections on lanes; the others stay on TCP, for that reason. Each has those that it opens first, and
+        // the two need not choose the same ones: of those, from 506 on were seen to have met.
         let quota = || site.lab.stat("a").declined("quota");
         let proof = |before: &Before<'_>| {
-            before.upgraded(1000);
+            before.upgraded(300);
             assert!(quota() > 3000, "{} connections beyond the quota", quota());
         };
         site.compare("GET, -c 5000", "req/s", proof, |verb| {

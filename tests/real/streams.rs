@@ -150,7 +150,7 @@ fn scp_a_gigabyte() {
         let then = site.lab.stat("a");
         site.compare("scp, 1 GiB", "MB/s", |before| before.none_upgraded(), |verb| copy(verb, &[]));
         let declined = site.lab.stat("a").declined("peer-not-open") - then.declined("peer-not-open");
-        assert!(declined >= 1, "no connection is on TCP as the peer has not opened it");
+        assert_eq!(declined, 1, "connections on TCP as the peer has not opened them");
         // And what a session has to say; with -r the server only forks, and locks its child into a sandbox.
         for options in [&[][..], &["-r"]] {
             let server = ssh.serve("run", options);

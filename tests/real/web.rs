@@ -165,17 +165,17 @@ fn nginx_reloads_under_load() {
     for path in PATHS {
         let site = Site::new("nginx-reload", path);
         let nginx = Nginx::new(&site);
-        site.bytes("100m", 100 << 20);
+        site.bytes("200m", 200 << 20);
         let server = nginx.serve(&site.lab, "run", site.server());
         let before = site.lab.before(path);
-        let url = format!("http://{}:{PORT}/100m", site.ip());
+        let url = format!("http://{}:{PORT}/200m", site.ip());
         let old = children(server.pid());
         assert_eq!(old.len(), 4, "workers");
         let mut clients = Vec::new();
         for n in 0..6 {
             let to = site.at(&format!("{n}.here"));
             // So slow that two reloads fall into it.
-            let command = ["curl", "-sS", "--fail", "--limit-rate", "60M", "-o", &to, &url];
+            let command = ["curl", "-sS", "--fail", "--limit-rate", "120M", "-o", &to, &url];
             clients.push((site.lab.run("a", &command), to.clone()));
             if n % 2 == 1 {
                 std::thread::sleep(Duration::from_millis(400));
@@ -184,13 +184,13 @@ fn nginx_reloads_under_load() {
         }
         for (client, to) in clients {
             client.ok();
-            same(&site.at("100m"), &to);
+            same(&site.at("200m"), &to);
         }
         wait_until(SOON, "the old workers end", || {
             let now = children(server.pid());
             now.len() == 4 && now.iter().all(|pid| !old.contains(pid))
         });
-        on_lane(6, 500 << 20)(&before);
+        on_lane(6, 1000 << 20)(&before);
         kit::stop(server);
     }
 }
@@ -233,7 +233,7 @@ fn haproxy_before_nginx() {
         site.bytes("300m", 300 << 20);
         let text = format!(
             "global\n nbthread 2\n maxconn 2000\n\
-             defaults\n mode http\n option splice-auto\n timeout connect 10s\n timeout client 60s\n timeout server 60s\n\
+             defaults\n mode http\n option splice-request\n option splice-response\n timeout connect 10s\n timeout client 60s\n timeout server 60s\n\
              frontend front\n bind {}:{BALANCER}\n default_backend back\n\
              backend back\n http-reuse always\n server one {}:{PORT}\n",
             site.ip(),
