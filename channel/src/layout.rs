@@ -93,7 +93,8 @@ pub struct Reader {
     pub confirmed: AtomicU32,
     /// 1 after the consumer has closed this generation: a stay published later does not count.
     pub sealed: AtomicU32,
-    /// 1 after the reading application has gone: what is sent now reaches nobody.
+    /// Not 0 when what is sent now reaches nobody. 1: the reader's kernel socket is shut both ways, and answers with a reset;
+    /// 2, on a direct lane: the application has gone, and its agent reads what still comes.
     pub closed: AtomicU32,
     /// Stream offset below which the far end's application is known to have taken everything (`fabric`; on a direct lane
     /// the tail says it). Not before the stay's start, and it may lag behind.

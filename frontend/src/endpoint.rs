@@ -12,9 +12,10 @@ use crate::record::{Guard, LockError, Record, RecordsHeader, status};
 use rustix::fd::BorrowedFd;
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 use vsocket_channel::lane::REWIND_LEN;
+use vsocket_channel::message::Lane;
 use vsocket_channel::reason::Reason;
 
 mod receiving;
@@ -22,6 +23,10 @@ mod returning;
 mod sending;
 
 pub use returning::Return;
+
+/// Why nobody reads a ring, as its `closed` says: the kernel socket is shut both ways; the program has gone.
+const DEAF: u32 = 1;
+const GONE: u32 = 2;
 
 /// Result of a call on an endpoint.
 pub type Result<T> = std::result::Result<T, Errno>;
@@ -132,11 +137,49 @@ impl Endpoint<'_> {
         let bits = match rx.source() {
             Source::Ring { .. } => status::RX_RING | status::RX_OPEN,
             Source::Residue { .. } => status::RX_RESIDUE,
-            Source::Raw { guarded: true, .. } => status::RX_OPEN,
-            Source::Raw { .. } => 0,
+            Source::Raw { guarded, drop, .. } => {
+                (if guarded { status::RX_OPEN } else { 0 }) | if drop > 0 { status::RX_KNOWN } else { 0 }
+            }
         };
         self.record.rx_off.store(rx.off, Ordering::Release);
-        self.record.set_status(status::RX_STATE, bits);
+        let late = bits & status::RX_OPEN == 0 && self.defers_shutdown();
+        self.record.set_status(status::RX_STATE | status::RX_KNOWN, bits);
+        if late {
+            let _ = rustix::net::shutdown(self.anchor, rustix::net::Shutdown::Read);
+        }
+    }
+
+    /// Whether the application has shut it for reading, and the kernel socket is still to be. Who has shut both directions
+    /// answers what then comes with a reset, and so the frame by which a stay ends, if it is on its way: on a fabric lane the
+    /// far end hears too late of the one to leave out the other.
+    pub fn defers_shutdown(&self) -> bool {
+        let is_open =
+            || self.bound.is_some_and(|b| b.lane == Lane::Fabric) && self.record.is(status::RX_OPEN);
+        self.record.is(status::RX_SHUT) && is_open()
+    }
+
+    /// Shuts the connection for reading.
+    ///
+    /// # Errors
+    ///
+    /// As `shutdown(2)`.
+    pub fn shut_reading(&self) -> Result<()> {
+        let was = self.record.status.load(Ordering::Acquire) & status::RX_SHUT;
+        // First: who waits finds the anchor at its end, and is to know why.
+        self.record.set_status(status::RX_SHUT, status::RX_SHUT);
+        if let Some(bound) = self.bound.filter(|_| self.defers_shutdown()) {
+            self.attend();
+            if !self.record.is(status::RX_RING) {
+                // Nothing has come by the ring: it is left, and nothing need be waited for.
+                let _ = self.leave(bound.generation);
+                self.close_unopened(bound.generation);
+            }
+        }
+        if self.defers_shutdown() && !kernel::has_closed(self.anchor) {
+            return Ok(());
+        }
+        let shut = rustix::net::shutdown(self.anchor, rustix::net::Shutdown::Read);
+        shut.inspect_err(|_| self.record.set_status(status::RX_SHUT, was))
     }
 
     /// Ends the connection for both sides: something cannot be, and going on could lose or double bytes.
@@ -144,7 +187,12 @@ impl Endpoint<'_> {
         let before = self.record.status.load(Ordering::Acquire);
         let behind_end = kernel::peer_has_shut_alone(self.anchor);
         self.broken(if behind_end { Errno::PIPE } else { Errno::CONNRESET });
-        kernel::abort(self.anchor);
+        // What a reset has left to be read would be lost with another.
+        if !kernel::has_closed(self.anchor) {
+            kernel::abort(self.anchor);
+            // That leaves an error which nobody is to be told.
+            let _ = self.kernel_error();
+        }
         // A segment that was left may be another connection's by now.
         let Some(bound) = self.bound.filter(|_| before & (status::TX_STATE | status::RX_OPEN) != 0) else {
             return;
@@ -153,7 +201,7 @@ impl Endpoint<'_> {
             bound.tx().indices.stay.aborted.store(1, Ordering::Relaxed);
         }
         if before & status::RX_OPEN != 0 {
-            bound.rx().indices.reader.closed.store(1, Ordering::Release);
+            bound.rx().indices.reader.closed.store(DEAF, Ordering::Release);
         }
         bound.ring_far();
     }
@@ -214,12 +262,30 @@ impl Endpoint<'_> {
         }
     }
 
-    /// The reading application has gone: tells the sender across, if it is on a ring or may come onto one.
-    pub fn close_reader(&self) {
+    /// Nobody reads any more, and the kernel socket answers what still comes with a reset: the application has shut both
+    /// directions, or nobody has it any more.
+    pub fn tell_deaf(&self) {
+        self.tell_sender(|closed| closed.store(DEAF, Ordering::Release));
+    }
+
+    /// The application has gone; the agent reads what still comes, unless the kernel socket is shut for reading.
+    pub fn tell_gone(&self) {
+        if self.defers_shutdown() {
+            self.record.set_status(status::RX_SHUT, 0);
+        }
+        let how = if self.record.is(status::RX_SHUT) { DEAF } else { GONE };
+        // Who is deaf stays so.
+        self.tell_sender(|closed| {
+            let _ = closed.compare_exchange(0, how, Ordering::Release, Ordering::Relaxed);
+        });
+    }
+
+    /// Tells the sender across, if it is on a ring or may come onto one.
+    fn tell_sender(&self, word: impl Fn(&AtomicU32)) {
         let Ok(rx) = self.lock_rx() else { return };
         if let Some(bound) = self.bound_for(rx.generation) {
             // Under the lock: while the generation is open here, its segment is ours.
-            bound.rx().indices.reader.closed.store(1, Ordering::Release);
+            word(&bound.rx().indices.reader.closed);
             bound.ring_far();
         }
     }

@@ -21,8 +21,11 @@ pub struct Counters {
 }
 
 const TCP_ESTABLISHED: u8 = 1;
+const TCP_TIME_WAIT: u8 = 6;
 const TCP_CLOSE: u8 = 7;
 const TCP_CLOSE_WAIT: u8 = 8;
+const TCP_LAST_ACK: u8 = 9;
+const TCP_CLOSING: u8 = 11;
 
 fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<libc::tcp_info> {
     // SAFETY: zero is a valid tcp_info; the kernel writes at most `len` bytes of it.
@@ -122,6 +125,12 @@ pub fn peer_has_shut(fd: impl AsFd) -> bool {
 /// Whether the peer's FIN has come, and ours has not gone: the kernel calls a reset that then comes `EPIPE`.
 pub fn peer_has_shut_alone(fd: impl AsFd) -> bool {
     tcp_info(fd.as_fd()).is_ok_and(|info| info.tcpi_state == TCP_CLOSE_WAIT)
+}
+
+/// Whether the peer's FIN has come, or the connection is over: also of a socket that was shut for reading here.
+pub fn has_ended(fd: impl AsFd) -> bool {
+    const AFTER_FIN: [u8; 5] = [TCP_TIME_WAIT, TCP_CLOSE, TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING];
+    tcp_info(fd.as_fd()).is_ok_and(|info| AFTER_FIN.contains(&info.tcpi_state))
 }
 
 /// Whether the connection is over for the kernel: reset, or ended on both sides.

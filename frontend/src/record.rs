@@ -36,6 +36,8 @@ pub mod status {
     /// The application has shut it for reading: what is there, and what still comes, is read as before, and then, instead
     /// of a wait, the end of the stream.
     pub const RX_SHUT: u32 = 512;
+    /// Raw bytes come next that the receiver has by a ring: they are no readiness.
+    pub const RX_KNOWN: u32 = 1024;
     /// All bits that belong to the receiver's state.
     pub const RX_STATE: u32 = RX_RING | RX_OPEN | RX_RESIDUE;
     /// All bits that belong to the sender's state.
@@ -54,6 +56,7 @@ pub mod status {
             (TX_SHUT, "tx-shut"),
             (UNTOLD, "untold"),
             (RX_SHUT, "rx-shut"),
+            (RX_KNOWN, "rx-known"),
         ];
         let set: Vec<_> = all.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name).collect();
         set.join(" ")

@@ -91,7 +91,7 @@ fn begin(endpoint: &Endpoint<'_>, now: Instant) -> Step {
     if let Some(bound) = endpoint.bound {
         endpoint.close_unopened(bound.generation);
     }
-    endpoint.close_reader();
+    endpoint.tell_gone();
     // After the sender was told, so that nothing can slip in between.
     if matches!(unread(endpoint, true), Ok(1..)) {
         return Step::Abort;
@@ -143,7 +143,10 @@ impl Agent {
                     }
                     return;
                 }
-                Step::Over => return self.finish(id),
+                Step::Over => {
+                    endpoint.tell_deaf();
+                    return self.finish(id);
+                }
                 Step::Abort => {
                     endpoint.break_off();
                     self.registry.totals.drop("reset-at-close");

@@ -37,6 +37,7 @@ impl Endpoint<'_> {
     pub fn recv(&self, bufs: &mut [IoSliceMut<'_>], peek: bool, look: bool) -> Result<usize> {
         let mut ended = 0;
         let shut = self.record.is(status::RX_SHUT);
+        let nothing = bufs.iter().all(|b| b.is_empty());
         let got = {
             let mut rx = self.record.rx.take().map_err(lock_errno)?.open();
             self.recover_rx(&mut rx);
@@ -53,6 +54,8 @@ impl Endpoint<'_> {
                     self.reset_read()
                 }
                 Err(Errno::AGAIN) if shut => Ok(0),
+                // Who asks for nothing has it, before what is there.
+                Ok(0) if nothing && self.unread_on(&mut rx).is_some_and(|n| n > 0) => Ok(0),
                 // Behind the end of the stream nobody is told of a reset.
                 Ok(0) if self.record.is(status::BROKEN) && !self.record.is(status::RX_EOF) => {
                     self.reset_read()
@@ -120,7 +123,7 @@ impl Endpoint<'_> {
     fn may_be_over(&self, bound: &Bound, look: bool) -> bool {
         bound.rx().indices.stay.sealed.load(Ordering::Acquire) != 0
             || self.record.leave.load(Ordering::Acquire) >= bound.generation
-            || look && bound.lane == Lane::Fabric
+            || (look || self.record.is(status::BROKEN)) && bound.lane == Lane::Fabric
     }
 
     fn queued(&self) -> u64 {
@@ -205,8 +208,13 @@ impl Endpoint<'_> {
     /// How many bytes could be received now, on whichever carrier. `None` if that cannot be told.
     pub fn unread(&self) -> Option<usize> {
         let mut rx = self.lock_rx().ok()?;
-        self.learn(&mut rx);
+        let there = self.unread_on(&mut rx);
         self.settle_rx(&rx);
+        there
+    }
+
+    fn unread_on(&self, rx: &mut RxState) -> Option<usize> {
+        self.learn(rx);
         let raw = || kernel::unread(self.anchor).ok();
         if rx.knows_stay() && rx.off >= rx.kept {
             let before = rx.start.saturating_sub(rx.raw);
@@ -214,7 +222,7 @@ impl Endpoint<'_> {
             if queued < before {
                 return Some((rx.raw + queued).saturating_sub(rx.off) as usize);
             }
-            let behind = if queued > before { self.behind(&rx) } else { None };
+            let behind = if queued > before { self.behind(rx) } else { None };
             // The ring may have been filled before the anchor was written: its index is read after it.
             let from = rx.off.max(rx.start);
             let head = from + self.bound_for(rx.generation)?.rx().available(from).ok()? as u64;
@@ -269,10 +277,11 @@ impl Endpoint<'_> {
                     if ready > 0 {
                         return Ok(self.take_ring(rx, bound, bufs, ready, peek));
                     }
-                    if self.record.is(status::BROKEN) {
+                    let broken = self.record.is(status::BROKEN);
+                    if broken && self.queued() == 0 {
                         return Err(Errno::CONNRESET);
                     }
-                    if !look && bound.rx().indices.stay.sealed.load(Ordering::Acquire) == 0 {
+                    if !look && !broken && bound.rx().indices.stay.sealed.load(Ordering::Acquire) == 0 {
                         return Err(Errno::AGAIN);
                     }
                     if let Some(generation) = self.judge(rx, bound)? {

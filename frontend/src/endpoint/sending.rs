@@ -1,6 +1,6 @@
 //! Sending: raw, onto the ring, and off it again.
 
-use super::{Endpoint, Result, lock_errno};
+use super::{DEAF, Endpoint, Result, lock_errno};
 use crate::kernel;
 use crate::lane::Violation;
 use crate::lane::tx::{Due, Phase, TxState};
@@ -27,12 +27,13 @@ impl Endpoint<'_> {
             }
             Err(error) => Err(lock_errno(error)),
         };
-        match sent {
-            Err(error) if error != Errno::AGAIN && self.record.take(status::UNTOLD) => {
-                Err(self.reset_errno())
-            }
-            other => other,
+        let Err(error) = sent else { return sent };
+        if error == Errno::PIPE {
+            // The agent may just have taken the kernel's word why, which it records before it gives this lock back.
+            drop(self.lock_rx());
         }
+        let untold = error != Errno::AGAIN && self.record.take(status::UNTOLD);
+        Err(if untold { self.reset_errno() } else { error })
     }
 
     fn send_locked(
@@ -58,6 +59,13 @@ impl Endpoint<'_> {
                     return Ok(n);
                 }
                 Phase::Ring => {
+                    if self.nobody_reads(tx.generation) {
+                        if len == 0 && !kernel::has_closed(self.anchor) {
+                            return Ok(0);
+                        }
+                        // What the kernel makes of that, it does on the anchor.
+                        self.record.leave.fetch_max(tx.generation, Ordering::AcqRel);
+                    }
                     if self.record.leave.load(Ordering::Acquire) >= tx.generation {
                         self.seal(tx)?;
                         continue;
@@ -73,18 +81,15 @@ impl Endpoint<'_> {
         }
     }
 
+    /// Whether the application across has shut both directions, or has gone.
+    fn nobody_reads(&self, generation: u32) -> bool {
+        let reader = |bound: &Bound| bound.tx().indices.reader.closed.load(Ordering::Relaxed);
+        self.bound_for(generation).is_some_and(|bound| reader(bound) != 0)
+    }
+
     fn send_ring(&self, tx: &mut Guard<'_, TxState>, bufs: &[IoSlice<'_>], len: usize) -> Result<usize> {
         let Some(bound) = self.bound_for(tx.generation) else { return Err(self.violated(Violation::Phase)) };
         let ring = bound.tx();
-        if ring.indices.reader.closed.load(Ordering::Relaxed) != 0 {
-            if kernel::has_closed(self.anchor) {
-                self.broken(Errno::CONNRESET);
-                return Err(Errno::PIPE);
-            }
-            // Nobody will read it. The kernel would take these bytes, and hear of the reset that they bring afterwards.
-            self.break_off();
-            return Ok(len);
-        }
         let mut space = bound.tx_space(tx.off, len).map_err(|_| self.violated(Violation::Index))?;
         if space == 0 && len > 0 {
             ring.indices.stay.want_space.store(1, Ordering::Relaxed);
@@ -192,9 +197,10 @@ impl Endpoint<'_> {
             ),
             _ => (false, tx.off),
         };
+        let deaf = direction.reader.closed.load(Ordering::Acquire) == DEAF && bound.lane != Lane::Fabric;
         match self.untaken(tx, bound) {
-            // A kernel socket that is shut both ways answers a frame with a reset.
-            _ if direction.reader.closed.load(Ordering::Acquire) != 0 && acknowledged == tx.off => {
+            // Its kernel socket, which is shut both ways, answers a frame with a reset; on a fabric lane it is not yet.
+            _ if deaf && acknowledged == tx.off => {
                 tx.abandon();
                 Ok(())
             }

@@ -38,6 +38,8 @@ pub struct Conn {
     pub kernel_out: AtomicU32,
     /// Times a send would have blocked, or took less than it was given: after each, room is a new edge.
     pub blocked: AtomicU32,
+    /// Times it was to be shut: each is an edge.
+    pub shut_calls: AtomicU32,
     /// How long the next spin may be, in nanoseconds.
     pub spin: AtomicU32,
     /// When a call that does not wait last looked at the anchor.
@@ -143,6 +145,7 @@ impl Conn {
             kernel_in: AtomicU32::new(0),
             kernel_out: AtomicU32::new(0),
             blocked: AtomicU32::new(0),
+            shut_calls: AtomicU32::new(0),
             spin: AtomicU32::new(0),
             looked: AtomicU64::new(0),
             least: AtomicU32::new(1),

@@ -180,6 +180,16 @@ pub fn forget_fd(fd: i32) {
     });
 }
 
+/// The same of one without a connection object. Another's duplicate would keep its registrations alive.
+pub fn forget_plain(fd: i32, duplicated: bool) {
+    each_set(|set, mut inner| {
+        if inner.plain.remove(&fd).is_some() && duplicated {
+            // SAFETY: the application's descriptor, which it is closing just now.
+            let _ = epoll::delete(set.as_fd(), unsafe { BorrowedFd::borrow_raw(fd) });
+        }
+    });
+}
+
 /// A descriptor number is about to be closed, and another names the connection: as the kernel's sets watch the open file and
 /// not a number, the sets that hold it go on, by a duplicate of ours.
 pub fn keep(fd: i32, conn: &ConnRef) {
@@ -214,8 +224,7 @@ pub fn forget_kept(conn: &ConnRef) {
     }
 }
 
-/// `epoll_ctl`. Says whether it was served; a call on a descriptor that is followed but has no connection object is
-/// remembered, and must be made as well.
+/// `epoll_ctl`. Says whether it was served; [`ctl_done`] is to be told of a call that was not, and that the kernel did.
 pub fn ctl(epfd: i32, op: i32, fd: i32, event: Option<(u32, u64)>) -> Outcome<i32> {
     let interest = event.map(|(events, data)| Interest { events, data });
     if let (Some(child), Some(set)) = (set_of(fd), set_of(epfd)) {
@@ -247,19 +256,30 @@ pub fn ctl(epfd: i32, op: i32, fd: i32, event: Option<(u32, u64)>) -> Outcome<i3
             let result = set.ctl_held(&mut inner, &conn, op, fd, interest);
             Outcome::Done(result.map(|()| 0))
         }
+        None => Outcome::Bypass,
+    }
+}
+
+/// The kernel has done this `epoll_ctl` on a descriptor that had no connection object.
+pub fn ctl_done(epfd: i32, op: i32, fd: i32, event: Option<(u32, u64)>) {
+    let (Some(slot), Some(set)) = (table::followed(fd), set_of(epfd)) else { return };
+    let Ok(mut inner) = set.inner.lock() else { return };
+    let Some((events, data)) = event.filter(|_| op != libc::EPOLL_CTL_DEL) else {
+        inner.plain.remove(&fd);
+        return;
+    };
+    let interest = Interest { events, data };
+    match slot.conn() {
+        // It has got one meanwhile, which did not know of this.
+        Some(conn) if inner.find(fd).is_none() => {
+            let _ = set.register(&mut inner, fd, &conn, interest, true);
+        }
+        Some(_) => {}
         None => {
-            match (op, interest) {
-                (libc::EPOLL_CTL_ADD | libc::EPOLL_CTL_MOD, Some(interest)) => {
-                    inner.plain.insert(fd, interest);
-                    if slot.phase.load(Ordering::Relaxed) == table::OPENING {
-                        set.watch_control(&inner);
-                    }
-                }
-                _ => {
-                    inner.plain.remove(&fd);
-                }
+            inner.plain.insert(fd, interest);
+            if slot.phase.load(Ordering::Relaxed) == table::OPENING {
+                set.watch_control(&inner);
             }
-            Outcome::Bypass
         }
     }
 }
@@ -331,6 +351,7 @@ impl EpollSet {
             self.watch_control(inner);
         }
         let exclusive = interest.events as i32 & libc::EPOLLEXCLUSIVE != 0;
+        let spent = present && interest.is_for_once() && has_fired(self.fd, fd);
         if present && (exclusive || inner.nest.is_some()) {
             // What is exclusive cannot be changed.
             epoll::delete(self.as_fd(), anchor)?;
@@ -342,6 +363,7 @@ impl EpollSet {
         }
         let member = conn.join(self, fd);
         let at = inner.insert(fd, conn, interest, member);
+        inner.hot(at).settle(spent);
         self.hear(inner, at, conn);
         Ok(())
     }
@@ -614,6 +636,19 @@ impl EpollSet {
         wait::learn(&self.spin, false);
         Ok(0)
     }
+}
+
+/// Whether `EPOLLONESHOT` has fired for a descriptor while it was the kernel's: then the kernel lists it without events
+/// (proc(5), `fdinfo`).
+fn has_fired(set: i32, fd: i32) -> bool {
+    let Ok(info) = std::fs::read_to_string(format!("/proc/self/fdinfo/{set}")) else { return false };
+    let events = info.lines().find_map(|line| {
+        let mut words = line.strip_prefix("tfd:")?.split_whitespace();
+        (words.next()?.parse() == Ok(fd) && words.next()? == "events:").then(|| words.next())?
+    });
+    let asked =
+        libc::EPOLLIN | libc::EPOLLOUT | libc::EPOLLPRI | libc::EPOLLRDHUP | libc::EPOLLERR | libc::EPOLLHUP;
+    events.and_then(|hex| u32::from_str_radix(hex, 16).ok()).is_some_and(|events| events & asked as u32 == 0)
 }
 
 /// Registers an anchor with a kernel's set, under its own number.

@@ -11,9 +11,12 @@ use crate::kernel;
 use crate::record::status;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::BorrowedFd;
-use rustix::io::Errno;
+use rustix::io::{Errno, IoSliceMut};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+
+/// So often a socket with an error is looked at for the end that comes with a reset.
+const RESET_LOOKS: usize = 64;
 
 /// What a thread waits for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -132,7 +135,7 @@ pub fn wait_one(fd: i32, slot: &'static Slot, want: Want, deadline: Option<Insta
     }
     client::check_mail();
     if let (true, Some(conn)) = (on_ring && said.intersects(PollFlags::ERR | PollFlags::HUP), &conn) {
-        conn.stirring(|| conn.endpoint().break_off());
+        conn.stirring(|| conn.endpoint().found_over());
     }
     match polled {
         Ok(0) => done(Err(Errno::AGAIN)),
@@ -226,11 +229,17 @@ pub fn events_now(conn: &ConnRef, interest: PollFlags) -> (PollFlags, bool) {
     }
     let mut pending = false;
     let mut said = one[0].revents();
-    if said & (PollFlags::ERR | PollFlags::HUP) == PollFlags::ERR {
+    let half_told = |said: PollFlags| said & (PollFlags::ERR | PollFlags::HUP) == PollFlags::ERR;
+    if half_told(said) && !kernel::reports_completions(conn.anchor()) {
         // The kernel shows a reset's error first, and the state that comes with it a moment later.
-        rustix::thread::sched_yield();
-        if rustix::event::poll(&mut one, Some(&zero)).unwrap_or(0) > 0 {
-            said = one[0].revents();
+        for _ in 0..RESET_LOOKS {
+            rustix::thread::sched_yield();
+            if rustix::event::poll(&mut one, Some(&zero)).unwrap_or(0) > 0 {
+                said = one[0].revents();
+            }
+            if !half_told(said) {
+                break;
+            }
         }
     }
     if said.contains(PollFlags::ERR | PollFlags::HUP) && conn.record().is(status::TX_RING) {
@@ -262,12 +271,29 @@ pub fn events_now(conn: &ConnRef, interest: PollFlags) -> (PollFlags, bool) {
         } else if said.contains(PollFlags::IN) {
             // That may have been the frame by which the stay has ended, which is taken: what is there now?
             said -= PollFlags::IN | PollFlags::RDNORM;
-            if rustix::event::poll(&mut one, Some(&zero)).unwrap_or(0) > 0 {
-                said |= one[0].revents();
+            let mut now = [PollFd::new(conn, wanted | anchor_decides(conn, interest))];
+            if rustix::event::poll(&mut now, Some(&zero)).unwrap_or(0) > 0 {
+                said |= now[0].revents();
             }
         }
     }
+    if said.contains(PollFlags::IN) && !said.intersects(PollFlags::HUP | PollFlags::ERR) && is_mistaken(conn)
+    {
+        // Its edge may have been a frame's, which is to be looked at when the ring is empty.
+        (said, pending) = (said - (PollFlags::IN | PollFlags::RDNORM), true);
+        events |= ring_events(conn, interest);
+    }
     (events | (said & (interest | PollFlags::ERR | PollFlags::HUP)), pending)
+}
+
+/// Whether what the anchor has is not the application's: bytes that it has by a ring, which are taken away by this, or a
+/// frame of a stay that was announced meanwhile.
+fn is_mistaken(conn: &ConnRef) -> bool {
+    if !conn.record().is(status::RX_OPEN | status::RX_KNOWN) {
+        return false;
+    }
+    let mut one = [0];
+    conn.endpoint().recv(&mut [IoSliceMut::new(&mut one)], true, false) == Err(Errno::AGAIN)
 }
 
 impl rustix::fd::AsFd for ConnRef {

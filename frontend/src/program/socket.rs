@@ -344,11 +344,15 @@ pub fn recv(
         (_, true) => total,
         _ => slot.least().min(total),
     };
-    let mut done = recv_some(fd, slot, bufs, flags, (nonblocking, peek))?;
+    let mut done = match recv_some(fd, slot, bufs, flags, (nonblocking, peek)) {
+        // Who asks for nothing waits, and has it, whatever ended the wait.
+        Err(Errno::AGAIN | Errno::INTR) if total == 0 && !nonblocking => 0,
+        other => other?,
+    };
     if peek && done > 0 && done < target {
         return peek_all(fd, slot, bufs, flags, target);
     }
-    while done > 0 && done < target {
+    while done > 0 && done < target && !is_over(fd, slot) {
         match recv_some(fd, slot, &mut after_mut(bufs, done), flags, (nonblocking, peek)) {
             Ok(n) if n > 0 => done += n,
             Ok(_) => break,
@@ -359,6 +363,13 @@ pub fn recv(
         }
     }
     Ok(done)
+}
+
+/// Whether nothing more comes to a descriptor without a connection object: the kernel's word why is the next call's.
+fn is_over(fd: i32, slot: &Slot) -> bool {
+    // SAFETY: the application's descriptor, in a call on it.
+    let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
+    slot.conn().is_none() && poll::has_failed(anchor) && kernel::unread(anchor).is_ok_and(|n| n == 0)
 }
 
 /// Peeks until so much is there, or no more will come. What is there already is no event to wait for, so it is looked
@@ -376,7 +387,8 @@ fn peek_all(
         if done >= target || done == 0 || end.is_some_and(|end| end <= Instant::now()) {
             return Ok(done);
         }
-        if poll::ends_within(fd, Duration::from_millis(1)) {
+        let shut = || slot.conn().is_some_and(|conn| conn.record().is(status::RX_SHUT | status::BROKEN));
+        if shut() || poll::ends_within(fd, Duration::from_millis(1)) {
             return recv_some(fd, slot, bufs, flags, (true, true));
         }
     }
@@ -428,6 +440,8 @@ fn recv_conn(
 ) -> Result<usize, Errno> {
     // Cleared before the read: an edge that comes meanwhile stays.
     let edge = conn.kernel_in.load(Ordering::Relaxed) != 0 && conn.kernel_in.swap(0, Ordering::AcqRel) != 0;
+    // Another process may have had the edge.
+    let edge = edge || wait::is_shared();
     let on_ring = conn.record().is(status::TX_RING);
     let mut got = conn.stirring(|| conn.endpoint().recv(bufs, peek, look || edge));
     if got == Err(Errno::AGAIN) && quick && !(look || edge) && on_lane(conn) && conn.looks_now() {
@@ -465,7 +479,11 @@ pub fn before_close(fd: i32) {
             epoll::forget_fd(fd);
             epoll::forget_kept(&conn);
         }
-        None => epoll::forget_fd(fd),
+        None => {
+            // The agent may have a duplicate.
+            let opening = slot.phase.load(Ordering::Relaxed) == table::OPENING;
+            epoll::forget_plain(fd, opening);
+        }
     }
     let Some(conn) = slot.forget() else { return };
     if conn.names.fetch_sub(1, Ordering::AcqRel) > 1 {
@@ -566,11 +584,14 @@ pub fn appeared(fd: i32, connector: bool) {
 /// `shutdown(2)`.
 pub fn shutdown(fd: i32, read: bool, write: bool) -> Outcome<i32> {
     let Some(conn) = held(fd) else { return Outcome::Bypass };
+    // Also one that fails is an edge; what the kernel makes of it, it is to be asked.
+    conn.shut_calls.fetch_add(1, Ordering::Relaxed);
+    conn.kernel_in.store(1, Ordering::Release);
     let done = conn.stirring(|| shut(&conn, read, write));
     let endpoint = conn.endpoint();
     if endpoint.record.is(status::RX_SHUT) && endpoint.record.is(status::TX_SHUT) {
         // The kernel would answer what still comes with a reset.
-        endpoint.close_reader();
+        endpoint.tell_deaf();
     }
     done
 }
@@ -583,12 +604,14 @@ fn shut(conn: &ConnRef, read: bool, write: bool) -> Outcome<i32> {
         return Outcome::Done(said.map(|()| 0));
     }
     if read {
-        // First: who waits finds the anchor at its end, and is to know why.
-        endpoint.record.set_status(status::RX_SHUT, status::RX_SHUT);
-        if let Err(error) = rustix::net::shutdown(conn.anchor(), rustix::net::Shutdown::Read) {
-            endpoint.record.set_status(status::RX_SHUT, 0);
+        if let Err(error) = endpoint.shut_reading() {
             return Outcome::Done(Err(error));
         }
+        if endpoint.defers_shutdown() {
+            // The kernel's socket wakes nobody.
+            wait::kick();
+        }
+        client::tell_left(conn);
     }
     if write && endpoint.record.is(status::TX_SHUT) && !endpoint.record.is(status::TX_DRAINING) {
         let again = rustix::net::shutdown(conn.anchor(), rustix::net::Shutdown::Write);
@@ -609,7 +632,13 @@ fn shut(conn: &ConnRef, read: bool, write: bool) -> Outcome<i32> {
 pub fn unread(fd: i32) -> Option<usize> {
     let conn = held(fd)?;
     // Without a lane too: what a stay that has ended delivered already, may come once more.
-    if conn.bound().is_some() { conn.endpoint().unread() } else { None }
+    conn.bound()?;
+    let there = conn.endpoint().unread()?;
+    if there > 0 && on_lane(&conn) && kernel::unread(conn.anchor()).is_ok_and(|n| n > 0) {
+        // Who asks for so much is to have it by one call: the ring first, then what comes behind it.
+        conn.kernel_in.store(1, Ordering::Release);
+    }
+    Some(there)
 }
 
 /// `SO_ERROR` of a connection that was reset in a way that the kernel does not know of, or tells no more: told once, as from

@@ -123,7 +123,7 @@ pub unsafe extern "C" fn getsockopt(
         // SAFETY: the kernel has just stored an int there.
         unsafe {
             let place = value.cast::<c_int>();
-            if place.read_unaligned() == 0 && *len as usize == size_of::<c_int>() {
+            if *len as usize == size_of::<c_int>() {
                 place.write_unaligned(error.raw_os_error());
             }
         }

@@ -142,7 +142,13 @@ hook! { unsafe fn epoll_ctl(set: c_int, op: c_int, fd: c_int, event: *mut epoll_
         let asked = event.as_ref().map(|e| (e.events, e.u64));
         match ours(|| epoll::ctl(set, op, fd, asked)) {
             Some(Outcome::Done(result)) => args::answer(result.map(|n| n as usize)) as c_int,
-            _ => real!(epoll_ctl)(set, op, fd, event),
+            _ => {
+                let got = real!(epoll_ctl)(set, op, fd, event);
+                if got == 0 {
+                    ours(|| epoll::ctl_done(set, op, fd, asked));
+                }
+                got
+            }
         }
     }
 } }

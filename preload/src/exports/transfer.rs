@@ -292,17 +292,21 @@ hook! { unsafe fn recvmsg(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t 
 unsafe fn receive_message(fd: c_int, msg: *mut msghdr, flags: c_int) -> ssize_t {
     // SAFETY: see above.
     unsafe {
+        let mut served = true;
         let got = receive!(
             fd,
             flags,
             args::of_message(args::scatter((*msg).msg_iov, (*msg).msg_iovlen as c_int)),
-            real!(recvmsg)(fd, msg, flags)
+            {
+                served = false;
+                real!(recvmsg)(fd, msg, flags)
+            }
         );
-        if got >= 0 && flags & libc::MSG_ERRQUEUE == 0 {
-            // As TCP: no name, no control data.
+        if got >= 0 && served {
+            // As TCP: no name, no control data; the kernel hands this one flag back.
             (*msg).msg_namelen = 0;
             (*msg).msg_controllen = 0;
-            (*msg).msg_flags = 0;
+            (*msg).msg_flags = flags & libc::MSG_CMSG_CLOEXEC;
         } else if got >= 0 {
             received(msg);
         }

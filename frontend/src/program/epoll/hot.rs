@@ -3,6 +3,7 @@
 use super::super::conn::{Conn, ConnRef, Member};
 use super::super::poll;
 use super::NOWHERE;
+use crate::kernel;
 use crate::record::status;
 use rustix::event::PollFlags;
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -18,6 +19,11 @@ pub(super) struct Interest {
 }
 
 impl Interest {
+    /// `EPOLLONESHOT`.
+    pub fn is_for_once(self) -> bool {
+        self.events as i32 & libc::EPOLLONESHOT != 0
+    }
+
     /// Whether `epoll_ctl(2)` allows it: `EPOLLEXCLUSIVE` goes with few others, and is for good.
     pub fn is_allowed(self, op: i32) -> bool {
         const BESIDE: i32 = libc::EPOLLIN
@@ -51,6 +57,8 @@ pub(super) struct Hot {
     told_room: Option<u32>,
     /// It was told of the end of the stream.
     told_end: bool,
+    /// How often the application had shut it when it was told of that last.
+    told_shut: u32,
     /// The ends, of a direction or of all, that it was told of.
     ends: PollFlags,
     /// Tells two uses of a descriptor number apart.
@@ -77,6 +85,7 @@ impl Hot {
             told: None,
             told_room: None,
             told_end: false,
+            told_shut: 0,
             ends: PollFlags::empty(),
             serial,
             watched: false,
@@ -87,6 +96,11 @@ impl Hot {
         hot.member.settle(serial);
         hot.renew(interest);
         hot
+    }
+
+    /// Whether it has been reported that is to be once.
+    pub fn settle(&mut self, spent: bool) {
+        self.spent = spent;
     }
 
     /// It goes on under another number.
@@ -127,6 +141,7 @@ impl Hot {
         self.told = None;
         self.told_room = None;
         self.told_end = false;
+        self.told_shut = self.conn.shut_calls.load(Ordering::Relaxed);
         self.ends = PollFlags::empty();
         // As after a MOD in the kernel: what is ready now is a new edge.
         if !self.conn.record().is(status::RX_RING) {
@@ -186,7 +201,7 @@ impl Hot {
         let draining = self.conn.record().is(status::TX_DRAINING);
         let mut pending = false;
         // A report that is made anyway is whole: with what only the kernel can say.
-        let part = !ready.is_empty() && !poll::anchor_decides(&self.conn, wanted).is_empty();
+        let part = !ready.is_empty() && (edged || !poll::anchor_decides(&self.conn, wanted).is_empty());
         if part || asking && (self.edges() & concerns(wanted) != 0 || draining) {
             // Cleared first: an edge that comes while the kernel is asked stays.
             self.conn.kernel_in.store(0, Ordering::Release);
@@ -205,10 +220,13 @@ impl Hot {
         if ready.is_empty() {
             return None;
         }
-        if interest.events as i32 & libc::EPOLLET != 0 && !self.new_edge(ready, pending, edged) {
+        let asks_for_input = wanted.intersects(PollFlags::IN | PollFlags::RDNORM);
+        if interest.events as i32 & libc::EPOLLET != 0
+            && !self.new_edge(ready, asks_for_input, pending, edged)
+        {
             return None;
         }
-        if interest.events as i32 & libc::EPOLLONESHOT != 0 {
+        if interest.is_for_once() {
             self.spent = true;
         }
         Some(libc::epoll_event { events: u32::from(ready.bits()), u64: interest.data })
@@ -216,10 +234,10 @@ impl Hot {
 
     /// Whether there is an event to report, which there stays.
     pub fn peek(&mut self) -> bool {
-        let kept = (self.spent, self.told, self.told_room, self.told_end, self.ends);
+        let kept = (self.spent, self.told, self.told_room, self.told_end, self.told_shut, self.ends);
         let is_ready = self.event(true).is_some();
         if is_ready {
-            (self.spent, self.told, self.told_room, self.told_end, self.ends) = kept;
+            (self.spent, self.told, self.told_room, self.told_end, self.told_shut, self.ends) = kept;
             self.conn.kernel_in.store(1, Ordering::Release);
             self.conn.kernel_out.store(1, Ordering::Release);
         }
@@ -227,24 +245,28 @@ impl Hot {
     }
 
     /// Edge-triggered: whether something has arrived, or room has come, since the last report.
-    fn new_edge(&mut self, ready: PollFlags, pending: bool, edged: bool) -> bool {
+    fn new_edge(&mut self, ready: PollFlags, asks_for_input: bool, pending: bool, edged: bool) -> bool {
         // The kernel is asked again at its next edge; but other places in sets may not have asked at this one.
         let shared = u32::from(self.conn.is_member_twice());
         self.conn.kernel_in.store(shared | u32::from(pending), Ordering::Release);
         self.conn.kernel_out.store(shared, Ordering::Release);
-        let arrived = self.arrived();
+        let arrived = self.arrived(edged);
         let blocked = self.conn.blocked.load(Ordering::Relaxed);
         let ends = ready & (PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR | PollFlags::PRI);
-        let data = ready.contains(PollFlags::IN) && self.told.is_none_or(|told| arrived != Some(told));
+        // What is ready is told at an edge of what was asked for, also if that has been read meanwhile.
+        let data =
+            asks_for_input && arrived.is_none_or(|arrived| self.told.is_none_or(|told| arrived > told));
         let room = ready.contains(PollFlags::OUT) && self.told_room != Some(blocked);
-        // Also who asked for neither is told of the end of the stream.
+        // Also who asked for neither is told of the end of the stream, and that the application has shut it.
+        let shut = self.conn.shut_calls.load(Ordering::Relaxed);
         let end = edged && !self.told_end && self.stream_has_ended();
-        self.told_end |= end;
-        let new = data || room || end || !self.ends.contains(ends);
+        let new = data || room || end || shut != self.told_shut || !self.ends.contains(ends);
         if new {
             // Nobody can tell while the lane's lock is taken; then the next look is an edge too.
             self.told = arrived;
             self.ends |= ends;
+            self.told_end |= end;
+            self.told_shut = shut;
             if ready.contains(PollFlags::OUT) {
                 self.told_room = Some(blocked);
             }
@@ -253,14 +275,13 @@ impl Hot {
     }
 
     fn stream_has_ended(&self) -> bool {
-        self.conn.record().is(status::RX_EOF)
-            || poll::has_ended(self.conn.anchor(), std::time::Duration::ZERO)
+        self.conn.record().is(status::RX_EOF) || kernel::has_ended(self.conn.anchor())
     }
 
-    /// How far the stream has come, whatever carries it.
-    fn arrived(&self) -> Option<u64> {
+    /// How far the stream has come, whatever carries it; beyond the ring only if the anchor had an edge.
+    fn arrived(&self, edged: bool) -> Option<u64> {
         let endpoint = self.conn.endpoint();
-        if endpoint.record.is(status::RX_RING) {
+        if !edged && endpoint.record.is(status::RX_RING) {
             return endpoint.bound.map(|b| b.rx().indices.head.head.load(Ordering::Acquire));
         }
         let taken = endpoint.record.rx_off.load(Ordering::Acquire);
