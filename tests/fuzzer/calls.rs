@@ -106,9 +106,13 @@ impl Scene {
 
     fn send(&self, fd: c_int, how: usize, n: usize, flags: c_int) -> String {
         let (name, takes_flags, send) = SEND[how];
-        let n = n.min(self.end.room());
-        if self.end.finds_nobody() && !self.end.orphans.is() {
-            return format!("{name} finds nobody");
+        let mut n = n.min(self.end.room());
+        if self.end.finds_nobody() {
+            if !self.end.orphans.is() {
+                return format!("{name} finds nobody");
+            }
+            // More than a page goes in pieces, and the reset may come between them.
+            n = n.min(4096);
         }
         let data = sys::pattern(self.direction, self.end.sent.get(), n);
         let flags = if takes_flags { flags | libc::MSG_NOSIGNAL } else { 0 };
@@ -283,14 +287,19 @@ impl Scene {
     /// Waits until all is here that has to come; what has not.
     pub fn settle(&self, fd: c_int) -> String {
         let end = self.end;
-        let ended = || sys::poll(fd, 0, 0).1 & (libc::POLLERR | libc::POLLHUP) != 0;
+        // One that is shut both ways says so before a reset has come.
+        let ended =
+            || sys::poll(fd, 0, 0).1 & (libc::POLLERR | libc::POLLHUP) != 0 && state(fd) == Some(CLOSE);
         if end.broken.is() {
             return if soon(ended) { String::new() } else { " ! no reset has come".into() };
         }
         if !soon(|| sys::unread(fd) as u64 == end.unread()) {
             return format!(" ! {} unread of {}", sys::unread(fd), end.unread());
         }
-        if end.peer_shut.is() && !soon(|| sys::poll(fd, libc::POLLRDHUP, 0).1 != 0) {
+        // Who has shut it for reading is told so before the end has come.
+        let over =
+            || sys::poll(fd, libc::POLLRDHUP, 0).1 != 0 && state(fd).is_some_and(|s| AFTER_FIN.contains(&s));
+        if end.peer_shut.is() && !soon(over) {
             return " ! no end has come".into();
         }
         if end.shut.is() && !soon(|| state(fd).is_some_and(|s| acknowledged(s, end.peer_shut.is()))) {
@@ -299,6 +308,10 @@ impl Scene {
         String::new()
     }
 }
+
+/// States of the kernel's: the last, and those after the peer's FIN.
+const CLOSE: u8 = 7;
+const AFTER_FIN: [u8; 5] = [6, CLOSE, 8, 9, 11];
 
 /// The kernel's state of the connection.
 fn state(fd: c_int) -> Option<u8> {
@@ -309,7 +322,6 @@ fn state(fd: c_int) -> Option<u8> {
 /// Whether the FIN that was sent has been acknowledged, and the other come if it is known to.
 fn acknowledged(state: u8, both: bool) -> bool {
     const FIN_WAIT1: u8 = 4;
-    const CLOSE: u8 = 7;
     const LAST_ACK: u8 = 9;
     const CLOSING: u8 = 11;
     if both { state == CLOSE } else { ![FIN_WAIT1, LAST_ACK, CLOSING].contains(&state) }

@@ -153,7 +153,6 @@ impl Near {
     fn story(&mut self, text: &str) -> Result<String, String> {
         let name: Name = text.parse().map_err(|_| "no name of a plan".to_owned())?;
         let plan = name.plan();
-        self.undrain();
         let fd = self.connected(&name, &plan)?;
         let ours = self.through(plan.clone(), fd)?;
         let theirs = self.theirs()?;
@@ -172,6 +171,8 @@ impl Near {
     fn connected(&mut self, name: &Name, plan: &Plan) -> Result<c_int, String> {
         let mut last = String::new();
         for _ in 0..3 {
+            // Once more: another pair may have drained it last, and go on with that while it waits for its next plan.
+            self.undrain();
             writeln!(self.control, "{name}").map_err(|e| e.to_string())?;
             match self.connect(plan) {
                 Ok(fd) => return Ok(fd),

@@ -6,8 +6,9 @@
 //! Each side may have a second thread and children, which make calls too; lanes are taken away in the middle and given
 //! back, on one host and across two.
 //!
-//! `cargo test --release --test fuzzer` runs `FUZZ_CALLS` calls (default 20000) from seed `FUZZ_SEED` (default 1) on.
-//! `FUZZ_SEED=SEED:STEP,STEP…`, as a difference is reported, tells both stories of that one. `FUZZ_WAYS=direct,…` chooses
+//! `cargo test --release --test fuzzer` runs `FUZZ_CALLS` calls (default 400000) from seed `FUZZ_SEED` (default 1) on.
+//! `FUZZ_SEED=SEED:STEP,STEP…`, as a difference is reported, tells both stories of that one, which is run `FUZZ_TIMES` times
+//! or until they differ; `SEED:` is the whole of it. `FUZZ_WAYS=direct,…` chooses
 //! accelerated runs. This program also is both ends: `fuzzer near …` and `fuzzer far …`.
 
 mod actors;

@@ -189,6 +189,14 @@ impl Name {
     /// The plan.
     pub fn plan(&self) -> Plan {
         let mut plan = Maker::new(self).plan();
+        if plan.moment != Moment::Lane {
+            // Nobody knows of which edges the kernel had told when a connection comes to its lane: they are told again.
+            for step in &mut plan.steps {
+                if let Call::Control { events, .. } = &mut step.call {
+                    *events &= !(libc::EPOLLET as u32);
+                }
+            }
+        }
         if let Some(kept) = &self.kept {
             plan.steps.retain(|step| kept.contains(&step.at));
         }
@@ -210,6 +218,9 @@ struct Maker {
 const SIZES: [usize; 12] = [0, 1, 1, 2, 3, 7, 16, 100, 700, 1438, 1439, 5000];
 const RECEIVED: [c_int; 4] = [libc::MSG_PEEK, libc::MSG_WAITALL, libc::MSG_DONTWAIT, libc::MSG_TRUNC];
 const SENT: [c_int; 3] = [libc::MSG_DONTWAIT, libc::MSG_MORE, libc::MSG_EOR];
+/// Once in a while; the first two find nothing, as nobody sends urgent bytes or asks for errors.
+const RECEIVED_RARELY: [c_int; 3] = [libc::MSG_OOB, libc::MSG_ERRQUEUE, libc::MSG_CMSG_CLOEXEC];
+const SENT_RARELY: [c_int; 3] = [libc::MSG_CONFIRM, libc::MSG_ZEROCOPY, libc::MSG_DONTROUTE];
 const POLLED: [c_int; 7] = [
     libc::POLLIN as c_int,
     libc::POLLOUT as c_int,
@@ -277,12 +288,12 @@ impl Maker {
         let slot = self.slot();
         match self.random.below(100) {
             0..24 => {
-                let flags = if self.random.once_in(2) { 0 } else { self.random.some_of(&SENT) };
+                let flags = self.flags(&SENT, &SENT_RARELY);
                 let how = self.random.below(super::moving::SEND.len() as u64) as usize;
                 Call::Send { how, slot, n: self.size(), flags }
             }
             24..48 => {
-                let flags = if self.random.once_in(2) { 0 } else { self.random.some_of(&RECEIVED) };
+                let flags = self.flags(&RECEIVED, &RECEIVED_RARELY);
                 let how = self.random.below(super::moving::RECEIVE.len() as u64) as usize;
                 Call::Receive { how, slot, n: self.size(), flags }
             }
@@ -305,6 +316,14 @@ impl Maker {
             90 | 91 if self.drains => Call::Drain { on: self.random.once_in(2) },
             92.. if late => self.end(slot),
             _ => Call::Unread { slot },
+        }
+    }
+
+    fn flags(&mut self, often: &[c_int], rarely: &[c_int]) -> c_int {
+        match self.random.below(16) {
+            0..8 => 0,
+            8..15 => self.random.some_of(often),
+            _ => self.random.some_of(often) | self.random.some_of(rarely),
         }
     }
 
