@@ -117,6 +117,8 @@ struct Vport {
     /// The guest stands still, and its memory is not touched.
     paused: bool,
     ends: u32,
+    /// Ends that were told that their far one is not open, and perhaps wait for it still.
+    lonely: VecDeque<EndId>,
 }
 
 impl Vport {
@@ -185,8 +187,10 @@ impl Pairing {
             facts.addresses.iter().map(move |a| ((vni, a.to_canonical()), n as u32)).collect::<Vec<_>>()
         };
         let local = vports.iter().enumerate().flat_map(each).collect();
-        let vports =
-            vports.into_iter().map(|facts| Vport { facts, drained: false, paused: false, ends: 0 }).collect();
+        let vports = vports
+            .into_iter()
+            .map(|facts| Vport { facts, drained: false, paused: false, ends: 0, lonely: VecDeque::new() })
+            .collect();
         let hosts = hosts.iter().enumerate().map(|(n, host)| (host.clone(), n as u32)).collect();
         Self {
             vports,
@@ -282,10 +286,10 @@ impl Pairing {
             }
             return;
         }
-        if vport.ends >= vport.facts.max_connections {
+        if vport.ends >= vport.facts.max_connections && !self.displace(id.vport, (vni, tuple)) {
             return self.decline(id, Reason::Quota);
         }
-        vport.ends += 1;
+        self.vports[id.vport as usize].ends += 1;
         // A closed connection of this number may not have left all its generations yet.
         let held = self.parties.range((id, 0)..=(id, u32::MAX)).next_back();
         let held = held.map(|((_, generation), _)| generation.saturating_add(1));
@@ -296,6 +300,31 @@ impl Pairing {
         self.ends.insert(id, end);
         self.by_tuple.insert((vni, tuple), id);
         self.ready.push_back(id);
+    }
+
+    /// A vport has as many ends as it may, and one is opened whose far end is there already: one that waits for its own makes
+    /// room, and is opened again later. Or two guests that filled their quotas with different connections would wait for
+    /// each other for good.
+    fn displace(&mut self, vport: u32, (vni, tuple): (u32, Tuple)) -> bool {
+        let far = self.by_tuple.get(&(vni, tuple.mirrored())).and_then(|far| self.ends.get(far));
+        let awaited = far.is_some_and(|end| end.state == EndState::Open);
+        if !awaited && !self.remote_offers.contains_key(&(vni, tuple)) {
+            return false;
+        }
+        while let Some(id) = self.vports[vport as usize].lonely.pop_front() {
+            if self.is_lonely(id) {
+                self.decline(id, Reason::Quota);
+                self.handle_close(id);
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Whether an end waits for its far one to be opened.
+    fn is_lonely(&self, id: EndId) -> bool {
+        let lonely = |end: &End| end.state == EndState::Open && end.told == Some(Reason::PeerNotOpen);
+        self.ends.get(&id).is_some_and(lonely)
     }
 
     /// An end is ready to receive.
@@ -460,8 +489,22 @@ impl Pairing {
     fn decline(&mut self, id: EndId, reason: Reason) {
         let known = self.ends.get_mut(&id).map(|end| end.told.replace(reason));
         if known != Some(Some(reason)) {
+            if reason == Reason::PeerNotOpen {
+                self.remember_lonely(id);
+            }
             let message = Message::Declined { conn: id.conn, reason };
             self.effects.push_back(Effect::Tell { vport: id.vport, message });
+        }
+    }
+
+    fn remember_lonely(&mut self, id: EndId) {
+        let Some(vport) = self.vports.get_mut(id.vport as usize) else { return };
+        vport.lonely.push_back(id);
+        if vport.lonely.len() > 2 * vport.facts.max_connections as usize {
+            // Most have met their far end since.
+            let mut lonely = std::mem::take(&mut vport.lonely);
+            lonely.retain(|id| self.is_lonely(*id));
+            self.vports[id.vport as usize].lonely = lonely;
         }
     }
 

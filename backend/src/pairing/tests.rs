@@ -192,6 +192,27 @@ fn tenants_tuples_and_addresses_are_checked() {
 }
 
 #[test]
+fn at_its_quota_a_guest_takes_one_that_is_awaited_for_one_that_waits() {
+    let mut one = One::new();
+    let port = |n: u32| tuple(&format!("198.51.100.1:{n}"), "198.51.100.2:80");
+    let end = |vport, conn: u64| EndId { vport, conn };
+    (1..=3).for_each(|n| drop(one.open(end(0, n), port(n as u32), 1)));
+    assert_eq!(one.open(end(0, 4), port(4), 1), ["0/4 declined quota"]);
+    assert_eq!(one.open(end(1, 4), port(4).mirrored(), 1), ["1/4 declined peer-not-open"]);
+    let met = one.open(end(0, 4), port(4), 1);
+    assert_eq!(met, ["0/1 declined quota", "0/4 prepare 1 side 0", "1/4 prepare 1 side 1"]);
+    assert_eq!(one.pairing.open_connections(0), 3);
+    // One that has met its far end does not make room.
+    for n in [2, 3] {
+        assert_eq!(one.open(end(1, n), port(n as u32).mirrored(), 1).len(), 2);
+    }
+    one.pairing.handle_close(end(1, 4));
+    one.done();
+    assert_eq!(one.open(end(1, 5), port(5).mirrored(), 1), ["1/5 declined peer-not-open"]);
+    assert_eq!(one.open(end(0, 5), port(5), 1), ["0/5 declined quota"]);
+}
+
+#[test]
 fn no_memory_is_a_quota_and_a_new_open_tries_again() {
     let mut one = One::new();
     one.segs.empty = true;
