@@ -56,7 +56,7 @@ fn sockperf() {
             site.compare(&what, "msg/s", on_lane(1, 100_000), |verb| {
                 let server = site.serve(verb, SOCKPERF, &[&["sockperf", "server"], &at[..]].concat());
                 let out =
-                    site.client(verb, &[&["sockperf", mode], &at[..], options, &["--time", "2"]].concat());
+                    site.client(verb, &[&["sockperf", mode], &at[..], options, &["--time", "5"]].concat());
                 assert!(
                     mode != "ping-pong" || out.contains("dropped messages = 0; # duplicated messages = 0"),
                     "{out}"
