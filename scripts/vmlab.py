@@ -104,9 +104,9 @@ class Program:
             self.child.stdin = None
 
 
-def test_program(package, name, to):
-    """A test program of ours, built and stripped for a machine."""
-    command = ["cargo", "test", "--release", "--no-run", "-q", "--message-format=json", "-p", package, "--test", name]
+def test_program(name, to):
+    """A test program of ours, built and stripped for a machine; of the workspace, whose release build is there."""
+    command = ["cargo", "test", "--release", "--no-run", "-q", "--message-format=json", "--workspace", "--test", name]
     built = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, cwd=ROOT)
     check(built.returncode == 0, f"{' '.join(command)}: {built.stderr[-500:].decode(errors='replace')}")
     messages = [json.loads(line) for line in built.stdout.splitlines()]
@@ -278,7 +278,7 @@ class Scenarios:
         if self.kind != "verbs":
             return None
         lab = self.lab
-        lab.must("put", "h1", str(test_program("vsocket-backend", "conformance", lab.logs)))
+        lab.must("put", "h1", str(test_program("conformance", lab.logs)))
         command = ["env", "VSOCKET_TEST_VERBS=rxe0", "/tmp/conformance", "verbs::", "--test-threads=1"]
         out = lab.start("exec", "h1", "--", *command).ok(90)
         passed = re.search(r"test result: ok\. (\d+) passed; 0 failed; 0 ignored", out)
