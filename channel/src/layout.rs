@@ -5,7 +5,7 @@ use crate::sync::{AtomicU32, AtomicU64};
 /// First word of a slab: "vsk-slab" in little-endian bytes.
 pub const SLAB_MAGIC: u64 = u64::from_le_bytes(*b"vsk-slab");
 /// Version of this layout.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 /// Bytes of a slab's header.
 pub const SLAB_HEADER_LEN: usize = 4096;
 /// Bytes of a segment's header.

@@ -142,20 +142,24 @@ impl Endpoint<'_> {
             }
         };
         self.record.rx_off.store(rx.off, Ordering::Release);
-        let late = bits & status::RX_OPEN == 0 && self.defers_shutdown();
         self.record.set_status(status::RX_STATE | status::RX_KNOWN, bits);
-        if late {
+        if self.defers_shutdown() && !self.awaits(rx) {
+            self.record.set_status(status::RX_DEFERRED, 0);
             let _ = rustix::net::shutdown(self.anchor, rustix::net::Shutdown::Read);
         }
+    }
+
+    /// Whether something of a stay is still to come over the anchor: the frame of its end, or bytes that are known.
+    fn awaits(&self, rx: &RxState) -> bool {
+        let again = rx.kept.saturating_sub(rx.raw);
+        rx.generation != 0 || again > 0 && kernel::unread(self.anchor).is_ok_and(|there| there < again)
     }
 
     /// Whether the application has shut it for reading, and the kernel socket is still to be. Who has shut both directions
     /// answers what then comes with a reset, and so the frame by which a stay ends, if it is on its way: on a fabric lane the
     /// far end hears too late of the one to leave out the other.
     pub fn defers_shutdown(&self) -> bool {
-        let is_open =
-            || self.bound.is_some_and(|b| b.lane == Lane::Fabric) && self.record.is(status::RX_OPEN);
-        self.record.is(status::RX_SHUT) && is_open()
+        self.record.is(status::RX_DEFERRED)
     }
 
     /// Shuts the connection for reading.
@@ -167,15 +171,13 @@ impl Endpoint<'_> {
         let was = self.record.status.load(Ordering::Acquire) & status::RX_SHUT;
         // First: who waits finds the anchor at its end, and is to know why.
         self.record.set_status(status::RX_SHUT, status::RX_SHUT);
-        if let Some(bound) = self.bound.filter(|_| self.defers_shutdown()) {
+        if self.bound.is_some_and(|b| b.lane == Lane::Fabric) && was == 0 && !kernel::has_closed(self.anchor)
+        {
+            self.record.set_status(status::RX_DEFERRED, status::RX_DEFERRED);
             self.attend();
-            if !self.record.is(status::RX_RING) {
-                // Nothing has come by the ring: it is left, and nothing need be waited for.
-                let _ = self.leave(bound.generation);
-                self.close_unopened(bound.generation);
-            }
+            return Ok(());
         }
-        if self.defers_shutdown() && !kernel::has_closed(self.anchor) {
+        if self.defers_shutdown() {
             return Ok(());
         }
         let shut = rustix::net::shutdown(self.anchor, rustix::net::Shutdown::Read);
@@ -268,12 +270,24 @@ impl Endpoint<'_> {
         self.tell_sender(|closed| closed.store(DEAF, Ordering::Release));
     }
 
-    /// The application has gone; the agent reads what still comes, unless the kernel socket is shut for reading.
+    /// The application has shut both directions.
+    pub fn deafen(&self) {
+        self.tell_deaf();
+        if let Some(bound) = self.bound.filter(|_| self.defers_shutdown() && !self.record.is(status::RX_RING))
+        {
+            // Nothing has come by the ring, and nothing need be waited for.
+            self.close_unopened(bound.generation);
+        }
+    }
+
+    /// The application has gone; the agent reads what still comes, unless the kernel socket is shut both ways.
     pub fn tell_gone(&self) {
-        if self.defers_shutdown() {
+        if self.record.take(status::RX_DEFERRED) {
             self.record.set_status(status::RX_SHUT, 0);
         }
-        let how = if self.record.is(status::RX_SHUT) { DEAF } else { GONE };
+        let bits = self.record.status.load(Ordering::Acquire);
+        let both = status::RX_SHUT | status::TX_SHUT;
+        let how = if bits & both == both { DEAF } else { GONE };
         // Who is deaf stays so.
         self.tell_sender(|closed| {
             let _ = closed.compare_exchange(0, how, Ordering::Release, Ordering::Relaxed);

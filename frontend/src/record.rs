@@ -38,6 +38,8 @@ pub mod status {
     pub const RX_SHUT: u32 = 512;
     /// Raw bytes come next that the receiver has by a ring: they are no readiness.
     pub const RX_KNOWN: u32 = 1024;
+    /// It has shut it for reading, and the kernel socket is to be when nothing of a stay is still to come over it.
+    pub const RX_DEFERRED: u32 = 2048;
     /// All bits that belong to the receiver's state.
     pub const RX_STATE: u32 = RX_RING | RX_OPEN | RX_RESIDUE;
     /// All bits that belong to the sender's state.
@@ -57,6 +59,7 @@ pub mod status {
             (UNTOLD, "untold"),
             (RX_SHUT, "rx-shut"),
             (RX_KNOWN, "rx-known"),
+            (RX_DEFERRED, "rx-deferred"),
         ];
         let set: Vec<_> = all.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name).collect();
         set.join(" ")

@@ -70,7 +70,12 @@ impl Ending {
                 Step::Go(Self::Shutting(now + SHUTTING_MOST))
             }
             Self::Shutting(until) => match endpoint.shut() {
-                Ok(true) => Step::Go(Self::Reading(now + READING_MOST)),
+                Ok(true) => {
+                    if endpoint.record.is(status::RX_SHUT) {
+                        endpoint.tell_deaf();
+                    }
+                    Step::Go(Self::Reading(now + READING_MOST))
+                }
                 Ok(false) if now >= until || matches!(unread(endpoint, true), Ok(1..)) => Step::Abort,
                 Ok(false) => Step::Wait(Some(until)),
                 Err(_) => Step::Over,

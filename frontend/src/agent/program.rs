@@ -171,6 +171,7 @@ impl Agent {
                 if let Some(id) = self.named(program, u64::from(record)) {
                     if let Some(conn) = self.registry.conns.get_mut(&id) {
                         conn.shutting = conn.anchor.is_some();
+                        conn.deaf = conn.shutting;
                     }
                     self.work(id);
                 }
@@ -482,10 +483,14 @@ impl Agent {
             endpoint.close_unopened(generation);
         }
         let shutting = conn.shutting && endpoint.shut() == Ok(false);
-        if let Some(conn) = self.registry.conns.get_mut(&id) {
-            (conn.draining, conn.shutting) = (draining, shutting);
+        if conn.deaf && endpoint.defers_shutdown() {
+            endpoint.attend();
         }
-        if draining || shutting {
+        let deaf = conn.deaf && endpoint.defers_shutdown();
+        if let Some(conn) = self.registry.conns.get_mut(&id) {
+            (conn.draining, conn.shutting, conn.deaf) = (draining, shutting, deaf);
+        }
+        if draining || shutting || deaf {
             self.watch(id);
         } else {
             self.unwatch(id);
@@ -549,6 +554,7 @@ impl Conn {
             bound: None,
             asked: None,
             shutting: false,
+            deaf: false,
             draining: false,
             watched: false,
             ending: None,

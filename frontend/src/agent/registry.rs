@@ -186,6 +186,8 @@ pub struct Conn {
     pub asked: Option<(Bound, u64)>,
     /// The program has shut it for writing, and not all is drained.
     pub shutting: bool,
+    /// It has shut both directions, and the kernel socket is to be shut for reading when the far end's stay has ended.
+    pub deaf: bool,
     /// What an ended stay left is not drained.
     pub draining: bool,
     /// The anchor is registered with the loop.

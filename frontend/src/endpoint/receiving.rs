@@ -245,7 +245,9 @@ impl Endpoint<'_> {
         if let Ok(mut rx) = self.lock_rx() {
             self.learn(&mut rx);
             if let (Source::Ring { generation }, Some(bound)) = (rx.source(), self.bound) {
-                if bound.generation == generation && bound.rx().available(rx.off) == Ok(0) {
+                // What the ring still has is read as its residue.
+                let ready = self.defers_shutdown() || bound.rx().available(rx.off) == Ok(0);
+                if bound.generation == generation && ready {
                     ended = self.judge(&mut rx, bound).ok().flatten().unwrap_or(0);
                 }
             }
@@ -357,9 +359,10 @@ impl Endpoint<'_> {
                 self.found_over();
                 return Err(Errno::CONNRESET);
             }
-            Err(error) if error != Errno::AGAIN && ready == 0 => {
+            Err(error) if error != Errno::AGAIN => {
+                // The kernel has told it, and will not again; what the ring has is read before.
                 self.broken(error);
-                return Err(error);
+                return if ready > 0 { Ok(None) } else { Err(error) };
             }
             Ok(0) | Err(_) if ready > 0 => return Ok(None),
             Ok(0) | Err(_) => return Err(Errno::AGAIN),
@@ -370,6 +373,11 @@ impl Endpoint<'_> {
         let mut shut = false;
         match rx.judge(&frame[..n], head).map_err(|v| self.violated(v))? {
             Verdict::Wait if ready > 0 => return Ok(None),
+            Verdict::Wait if kernel::has_ended(self.anchor) && self.queued() <= n as u64 => {
+                // Nothing comes behind this part of a frame.
+                self.found_over();
+                return Err(Errno::CONNRESET);
+            }
             Verdict::Wait => return Err(Errno::AGAIN),
             Verdict::Cancelled => {}
             Verdict::Rewound { last } => {

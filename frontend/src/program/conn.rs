@@ -38,6 +38,8 @@ pub struct Conn {
     pub kernel_out: AtomicU32,
     /// Times a send would have blocked, or took less than it was given: after each, room is a new edge.
     pub blocked: AtomicU32,
+    /// Times a receiving call found nothing: what comes after each is a new edge.
+    pub empty: AtomicU32,
     /// Times it was to be shut: each is an edge.
     pub shut_calls: AtomicU32,
     /// How long the next spin may be, in nanoseconds.
@@ -145,6 +147,7 @@ impl Conn {
             kernel_in: AtomicU32::new(0),
             kernel_out: AtomicU32::new(0),
             blocked: AtomicU32::new(0),
+            empty: AtomicU32::new(0),
             shut_calls: AtomicU32::new(0),
             spin: AtomicU32::new(0),
             looked: AtomicU64::new(0),

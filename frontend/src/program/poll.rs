@@ -15,9 +15,6 @@ use rustix::io::{Errno, IoSliceMut};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// So often a socket with an error is looked at for the end that comes with a reset.
-const RESET_LOOKS: usize = 64;
-
 /// What a thread waits for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Want {
@@ -134,7 +131,14 @@ pub fn wait_one(fd: i32, slot: &'static Slot, want: Want, deadline: Option<Insta
         }
     }
     client::check_mail();
-    if let (true, Some(conn)) = (on_ring && said.intersects(PollFlags::ERR | PollFlags::HUP), &conn) {
+    let over = |conn: &&ConnRef| {
+        // Not by our own shutdown, or by a word about a send.
+        on_ring
+            && said.contains(PollFlags::ERR | PollFlags::HUP)
+            && conn.record().is(status::TX_RING)
+            && kernel::has_closed(conn.anchor())
+    };
+    if let Some(conn) = conn.as_ref().filter(over) {
         conn.stirring(|| conn.endpoint().found_over());
     }
     match polled {
@@ -229,17 +233,11 @@ pub fn events_now(conn: &ConnRef, interest: PollFlags) -> (PollFlags, bool) {
     }
     let mut pending = false;
     let mut said = one[0].revents();
-    let half_told = |said: PollFlags| said & (PollFlags::ERR | PollFlags::HUP) == PollFlags::ERR;
-    if half_told(said) && !kernel::reports_completions(conn.anchor()) {
-        // The kernel shows a reset's error first, and the state that comes with it a moment later.
-        for _ in 0..RESET_LOOKS {
-            rustix::thread::sched_yield();
-            if rustix::event::poll(&mut one, Some(&zero)).unwrap_or(0) > 0 {
-                said = one[0].revents();
-            }
-            if !half_told(said) {
-                break;
-            }
+    if said & (PollFlags::ERR | PollFlags::HUP) == PollFlags::ERR {
+        // The kernel shows a reset's error first, and the state that comes with it a moment later: when it answers this.
+        let _ = kernel::has_closed(conn.anchor());
+        if rustix::event::poll(&mut one, Some(&zero)).unwrap_or(0) > 0 {
+            said = one[0].revents();
         }
     }
     if said.contains(PollFlags::ERR | PollFlags::HUP) && conn.record().is(status::TX_RING) {
@@ -292,8 +290,18 @@ fn is_mistaken(conn: &ConnRef) -> bool {
     if !conn.record().is(status::RX_OPEN | status::RX_KNOWN) {
         return false;
     }
-    let mut one = [0];
-    conn.endpoint().recv(&mut [IoSliceMut::new(&mut one)], true, false) == Err(Errno::AGAIN)
+    let (mut one, on_ring) = ([0], conn.record().is(status::TX_RING));
+    let got = conn.endpoint().recv(&mut [IoSliceMut::new(&mut one)], true, false);
+    wait::kick_if_left(conn, on_ring);
+    client::tell_left(conn);
+    if let Err(error) = got
+        && error != Errno::AGAIN
+    {
+        // The application's next call is to be told.
+        conn.endpoint().broken(error);
+        conn.endpoint().tell_later();
+    }
+    got == Err(Errno::AGAIN)
 }
 
 impl rustix::fd::AsFd for ConnRef {

@@ -440,12 +440,15 @@ fn recv_conn(
 ) -> Result<usize, Errno> {
     // Cleared before the read: an edge that comes meanwhile stays.
     let edge = conn.kernel_in.load(Ordering::Relaxed) != 0 && conn.kernel_in.swap(0, Ordering::AcqRel) != 0;
-    // Another process may have had the edge.
-    let edge = edge || wait::is_shared();
+    // Where another process may have had the edge.
+    let look = look || edge || wait::is_shared() && conn.looks_now();
     let on_ring = conn.record().is(status::TX_RING);
-    let mut got = conn.stirring(|| conn.endpoint().recv(bufs, peek, look || edge));
-    if got == Err(Errno::AGAIN) && quick && !(look || edge) && on_lane(conn) && conn.looks_now() {
+    let mut got = conn.stirring(|| conn.endpoint().recv(bufs, peek, look));
+    if got == Err(Errno::AGAIN) && quick && !look && on_lane(conn) && conn.looks_now() {
         got = conn.stirring(|| conn.endpoint().recv(bufs, peek, true));
+    }
+    if got == Err(Errno::AGAIN) {
+        conn.empty.fetch_add(1, Ordering::Release);
     }
     wait::kick_if_left(conn, on_ring);
     // On the ring an edge stays until the ring is empty and the anchor was looked at; off it, more may be there.
@@ -591,7 +594,12 @@ pub fn shutdown(fd: i32, read: bool, write: bool) -> Outcome<i32> {
     let endpoint = conn.endpoint();
     if endpoint.record.is(status::RX_SHUT) && endpoint.record.is(status::TX_SHUT) {
         // The kernel would answer what still comes with a reset.
-        endpoint.tell_deaf();
+        endpoint.deafen();
+        client::tell_left(&conn);
+        if endpoint.defers_shutdown() {
+            // When the stay has ended, if this program makes no more calls.
+            client::shut(&conn);
+        }
     }
     done
 }
@@ -611,7 +619,6 @@ fn shut(conn: &ConnRef, read: bool, write: bool) -> Outcome<i32> {
             // The kernel's socket wakes nobody.
             wait::kick();
         }
-        client::tell_left(conn);
     }
     if write && endpoint.record.is(status::TX_SHUT) && !endpoint.record.is(status::TX_DRAINING) {
         let again = rustix::net::shutdown(conn.anchor(), rustix::net::Shutdown::Write);

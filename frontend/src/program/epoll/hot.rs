@@ -53,6 +53,8 @@ pub(super) struct Hot {
     spent: bool,
     /// How far the stream had come when an edge-triggered watcher was told last; `None` before the first time.
     told: Option<u64>,
+    /// How often a receiving call had found nothing then.
+    told_empty: u32,
     /// How often a send had been refused when it was told of room last; `None` if it was not told.
     told_room: Option<u32>,
     /// It was told of the end of the stream.
@@ -83,6 +85,7 @@ impl Hot {
             interest: None,
             spent: false,
             told: None,
+            told_empty: 0,
             told_room: None,
             told_end: false,
             told_shut: 0,
@@ -234,10 +237,26 @@ impl Hot {
 
     /// Whether there is an event to report, which there stays.
     pub fn peek(&mut self) -> bool {
-        let kept = (self.spent, self.told, self.told_room, self.told_end, self.told_shut, self.ends);
+        let kept = (
+            self.spent,
+            self.told,
+            self.told_empty,
+            self.told_room,
+            self.told_end,
+            self.told_shut,
+            self.ends,
+        );
         let is_ready = self.event(true).is_some();
         if is_ready {
-            (self.spent, self.told, self.told_room, self.told_end, self.told_shut, self.ends) = kept;
+            (
+                self.spent,
+                self.told,
+                self.told_empty,
+                self.told_room,
+                self.told_end,
+                self.told_shut,
+                self.ends,
+            ) = kept;
             self.conn.kernel_in.store(1, Ordering::Release);
             self.conn.kernel_out.store(1, Ordering::Release);
         }
@@ -251,11 +270,17 @@ impl Hot {
         self.conn.kernel_in.store(shared | u32::from(pending), Ordering::Release);
         self.conn.kernel_out.store(shared, Ordering::Release);
         let arrived = self.arrived(edged);
+        let taken = self.conn.record().rx_off.load(Ordering::Acquire);
+        // What came after the look at `ready` is the next one's.
+        let late = !ready.contains(PollFlags::IN) && arrived.is_some_and(|arrived| arrived > taken);
+        // Who has found nothing knows of nothing beyond that, whatever it was told of: it may come again over the anchor.
+        let empty = self.conn.empty.load(Ordering::Acquire);
+        let told = if empty == self.told_empty { self.told } else { self.told.map(|told| told.min(taken)) };
         let blocked = self.conn.blocked.load(Ordering::Relaxed);
         let ends = ready & (PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR | PollFlags::PRI);
         // What is ready is told at an edge of what was asked for, also if that has been read meanwhile.
         let data =
-            asks_for_input && arrived.is_none_or(|arrived| self.told.is_none_or(|told| arrived > told));
+            asks_for_input && !late && arrived.is_none_or(|arrived| told.is_none_or(|told| arrived > told));
         let room = ready.contains(PollFlags::OUT) && self.told_room != Some(blocked);
         // Also who asked for neither is told of the end of the stream, and that the application has shut it.
         let shut = self.conn.shut_calls.load(Ordering::Relaxed);
@@ -263,7 +288,7 @@ impl Hot {
         let new = data || room || end || shut != self.told_shut || !self.ends.contains(ends);
         if new {
             // Nobody can tell while the lane's lock is taken; then the next look is an edge too.
-            self.told = arrived;
+            (self.told, self.told_empty) = (if late { told } else { arrived }, empty);
             self.ends |= ends;
             self.told_end |= end;
             self.told_shut = shut;

@@ -133,6 +133,8 @@ mod cold {
     use vsocket_channel::message::{Lane, Segment};
     use vsocket_channel::ring::Ring;
 
+    mod races;
+
     const RING: usize = 4096;
     const IN: u32 = libc::EPOLLIN as u32;
     const OUT: u32 = libc::EPOLLOUT as u32;
