@@ -16,6 +16,11 @@ generated (`POSIX_WRITES=1 cargo test --release --test posix`), and a test holds
 - **same**: the story is the kernel's, and the bytes went over the lane where there were any.
 - **on tcp**: the story is the kernel's; the connection goes back to kernel TCP first, for the reason shown.
 - **differs**: it is known to differ, for the reason shown.
+
+Rows of the list of hard problems that are shown elsewhere: 7.5, calls that meet no library, by `tests/real` (Go, a static
+binary); 7.17 and 7.18, programs that get no library, by the cases of 7.16 and by `tests/real` (sshd); 7.47, the library's own
+start, by every accelerated run; 7.48, others' preloads, by `frontend/tests/agent.rs`; 7.50, idle processors, by
+`tests/idle.rs`. Sequences of calls are compared by `tests/fuzzer`.
 ";
 
 fn page(cases: &[&Case]) -> String {

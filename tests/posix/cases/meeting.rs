@@ -137,7 +137,8 @@ fn only_v6(p: &mut Pair) {
 /// Adds these cases to the group.
 pub fn add(group: &mut Group) {
     let mut case = |name: &str, run: Box<dyn Fn(&mut Pair)>| {
-        group.case("issue 5", name, run).setup = Setup::Apart;
+        let row = if name.starts_with("SO_REUSEPORT") { "7.29" } else { "issue 5" };
+        group.case(row, name, run).setup = Setup::Apart;
     };
     case(
         "bind/port 0, then connect",

@@ -9,6 +9,7 @@ mod flags;
 mod options;
 pub mod processes;
 mod readiness;
+mod rest;
 mod signals;
 mod stdio;
 mod threads;
@@ -108,6 +109,7 @@ pub fn all() -> Vec<Case> {
         addresses::group(),
         unseen::group(),
         threads::group(),
+        rest::group(),
     ];
     groups.into_iter().flat_map(|g| g.cases).collect()
 }
