@@ -205,11 +205,12 @@ fn churn(crowd: &mut Crowd<'_>, time: Duration, dice: &mut Dice) -> Kills {
     kills
 }
 
-/// Whoever is on TCP is so for a reason that has a name, or goes to its lane with its next bytes.
+/// Whoever is on TCP is so for a reason that has a name, or goes to its lane with its next bytes, or was on it and ends.
 fn named(crowd: &Crowd<'_>) {
     for guest in ["a", crowd.path.server()] {
         for line in crowd.lab.ss(guest) {
-            let named = line.0["reason"].is_string() || line.0["stage"] == "committed";
+            let ends = line.0["stage"] == "ending" && line.0["generation"] != 0;
+            let named = line.0["reason"].is_string() || line.0["stage"] == "committed" || ends;
             assert!(line.lanes() != ("tcp", "tcp") || named, "{line:?}");
         }
     }

@@ -57,33 +57,32 @@ fn what_arrives_during_a_look_is_an_edge_of_the_next() {
     assert_eq!(lost, None, "no edge after so many messages");
 }
 
-/// A set with a plain descriptor in it that is being opened.
-fn plain(line: &Line, epfd: i32, events: u32) {
-    let fd = line.fd;
-    let slot = table::slot(fd).unwrap();
+/// A set with a descriptor in it that is being opened.
+fn plain(line: &Line, set: &OwnedFd, events: u32) {
+    let (fd, epfd) = (line.fd, set.as_raw_fd());
     // As before the agent's answer.
-    slot.phase.store(table::OPENING, Ordering::SeqCst);
+    table::slot(fd).unwrap().phase.store(table::OPENING, Ordering::SeqCst);
     assert_eq!(ctl(epfd, libc::EPOLL_CTL_ADD, fd, Some((events, 77))), Outcome::Bypass);
-    let mut e = libc::epoll_event { events, u64: 77 };
-    // SAFETY: the event outlives the call.
-    assert_eq!(unsafe { libc::epoll_ctl(epfd, libc::EPOLL_CTL_ADD, fd, &raw mut e) }, 0);
+    let flags = epoll::EventFlags::from_bits_retain(events);
+    epoll::add(set, line.conn.anchor(), epoll::EventData::new_u64(77), flags).unwrap();
     ctl_done(epfd, libc::EPOLL_CTL_ADD, fd, Some((events, 77)));
+}
+
+/// Another thread reads the agent's answer.
+fn answered(line: &Line) {
+    table::slot(line.fd).unwrap().phase.store(table::HELD, Ordering::SeqCst);
+    hold(line.fd, &line.conn.clone());
 }
 
 #[test]
 fn what_is_taken_out_beside_the_agents_answer_is_reported_no_more() {
     let mut rig = Rig::new(1, IN);
-    forget_fd(rig.lines[0].fd);
     let (fd, epfd) = (rig.lines[0].fd, rig.epfd.as_raw_fd());
-    plain(&rig.lines[0], epfd, IN);
-    // Thread A begins.
+    forget_fd(fd);
+    plain(&rig.lines[0], &rig.epfd, IN);
     assert_eq!(ctl(epfd, libc::EPOLL_CTL_DEL, fd, None), Outcome::Bypass);
-    // Thread B reads the mail.
-    table::slot(fd).unwrap().phase.store(table::HELD, Ordering::SeqCst);
-    hold(fd, &rig.lines[0].conn.clone());
-    // Thread A goes on.
-    // SAFETY: numbers.
-    assert_eq!(unsafe { libc::epoll_ctl(epfd, libc::EPOLL_CTL_DEL, fd, std::ptr::null_mut()) }, 0);
+    answered(&rig.lines[0]);
+    epoll::delete(&rig.epfd, rig.lines[0].conn.anchor()).unwrap();
     ctl_done(epfd, libc::EPOLL_CTL_DEL, fd, None);
     rig.lines[0].publish(b"1");
     rig.lines[0].bell();
@@ -93,15 +92,13 @@ fn what_is_taken_out_beside_the_agents_answer_is_reported_no_more() {
 #[test]
 fn what_is_changed_beside_the_agents_answer_is_what_counts() {
     let mut rig = Rig::new(1, IN);
-    forget_fd(rig.lines[0].fd);
     let (fd, epfd) = (rig.lines[0].fd, rig.epfd.as_raw_fd());
-    plain(&rig.lines[0], epfd, OUT);
+    forget_fd(fd);
+    plain(&rig.lines[0], &rig.epfd, OUT);
     assert_eq!(ctl(epfd, libc::EPOLL_CTL_MOD, fd, Some((IN, 78))), Outcome::Bypass);
-    table::slot(fd).unwrap().phase.store(table::HELD, Ordering::SeqCst);
-    hold(fd, &rig.lines[0].conn.clone());
-    let mut e = libc::epoll_event { events: IN, u64: 78 };
-    // SAFETY: the event outlives the call.
-    assert_eq!(unsafe { libc::epoll_ctl(epfd, libc::EPOLL_CTL_MOD, fd, &raw mut e) }, 0);
+    answered(&rig.lines[0]);
+    let flags = epoll::EventFlags::from_bits_retain(IN);
+    epoll::modify(&rig.epfd, rig.lines[0].conn.anchor(), epoll::EventData::new_u64(78), flags).unwrap();
     ctl_done(epfd, libc::EPOLL_CTL_MOD, fd, Some((IN, 78)));
     rig.lines[0].publish(b"1");
     rig.lines[0].bell();
