@@ -46,18 +46,25 @@ impl Client {
             return false;
         }
         self.tell_untold();
-        if self.carrier.is_some() || self.conns.is_empty() {
-            return false;
+        let had_none = self.carrier.is_none();
+        if had_none && !self.conns.is_empty() {
+            if is_confined() {
+                self.forget_agent();
+                return false;
+            }
+            self.attach();
         }
-        if is_confined() {
-            self.forget_agent();
-            return false;
-        }
-        self.attach();
-        if self.carrier.is_none() {
+        if DUE.load(Ordering::Acquire) == 0 && self.is_unattended() {
+            // Until all that can be brought has been, and the answer has been read.
             due_in(RETRY);
         }
-        self.carrier.is_some()
+        had_none && self.carrier.is_some()
+    }
+
+    /// Whether a connection is to be brought to an agent, or there is none that has answered.
+    fn is_unattended(&self) -> bool {
+        let unattended = |conn: &Conn| conn.attended.load(Ordering::Acquire) == 0;
+        !self.conns.is_empty() && (!self.answered || self.conns.values().any(|conn| unattended(conn)))
     }
 
     /// Says to an agent who we are, with what an agent before has left.
