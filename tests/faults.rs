@@ -277,7 +277,9 @@ fn agent_dies(guest_of: fn(Path) -> &'static str) {
         drop(server);
         let server = lab.stream_server("run", path.server(), address, &["--once"]);
         let before = lab.before(path);
-        lab.stream("run", "a", "connect", address, &["--bytes", "100000000"]).report();
+        let client = lab.stream("run", "a", "connect", address, &options);
+        lab.on_lane("a", client.pid(), 1, path.lane());
+        client.finish();
         server.report();
         before.upgraded(1);
     }
@@ -330,6 +332,58 @@ fn the_clients_agent_is_replaced() {
 #[test]
 fn the_servers_agent_is_replaced() {
     agent_is_replaced(Path::server);
+}
+
+/// Who never sleeps hears of its agent's end as well: by what it tells it of a lane that is left, or on TCP by looking.
+#[test]
+fn the_agent_of_who_never_sleeps_is_replaced() {
+    for path in [Path::SameHost, Path::CrossHost] {
+        let lab = Lab::up(&format!("faults-sleepless-{}", path.lane()));
+        let address = v4(path.server(), PORT);
+        let server = lab.stream_server("run", path.server(), address, &["--once"]);
+        let client = lab.stream("run", "a", "echo", address, &["--until-eof", "--spin"]);
+        let is_on = |lane| lab.on_lane("a", client.pid(), 1, lane);
+        let replace = || {
+            lab.daemon("kill", "agent", "a");
+            lab.daemon("start", "agent", "a");
+        };
+        is_on(path.lane());
+        replace();
+        is_on(path.lane());
+        if path == Path::CrossHost {
+            lab.daemon("stop", "backend", "h1");
+            is_on("tcp");
+            replace();
+            is_on("tcp");
+            lab.daemon("start", "backend", "h1");
+            is_on("fabric");
+        }
+        client.finish();
+        server.report();
+    }
+}
+
+/// So does who only sends: nobody tells it by its ring to leave.
+#[test]
+fn the_agent_of_who_only_sends_is_replaced() {
+    for path in [Path::SameHost, Path::CrossHost] {
+        let lab = Lab::up(&format!("faults-sender-{}", path.lane()));
+        let address = v4(path.server(), PORT);
+        let server = lab.stream_server("run", path.server(), address, &["--once"]);
+        let options = ["--one-way", "--until-eof", "--pace", "10000000", "--largest", "1000"];
+        let client = lab.stream("run", "a", "connect", address, &options);
+        let sends_on_lane = || {
+            wait_until(SOON, "what is sent goes by the lane", || {
+                lab.ss("a").iter().any(|l| l.pid() == client.pid() && l.lanes().0 == path.lane())
+            });
+        };
+        sends_on_lane();
+        lab.daemon("kill", "agent", "a");
+        lab.daemon("start", "agent", "a");
+        sends_on_lane();
+        client.finish();
+        server.report();
+    }
 }
 
 // ---------------------------------------------------------------- programs

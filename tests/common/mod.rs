@@ -312,7 +312,10 @@ impl Lab {
             if Instant::now() >= end {
                 let far: Vec<_> = ["b", "c"].iter().map(|g| (g, self.ss(g))).collect();
                 let stacks = stacks(pid);
-                panic!("want {n} connections of {pid} in {guest} on {lane}: {lines:#?}\n{far:#?}\n{stacks}");
+                let stat = self.stat(guest);
+                panic!(
+                    "want {n} connections of {pid} in {guest} on {lane}: {lines:?}\n{stacks}{stat:?}\n{far:#?}"
+                );
             }
             std::thread::sleep(Duration::from_millis(5));
         }

@@ -225,7 +225,7 @@ pub fn send(fd: i32, slot: &'static Slot, bufs: &[IoSlice<'_>], flags: SendFlags
                     if got == Err(Errno::AGAIN) || got.is_ok_and(|n| n < total - done) {
                         blocked(&conn);
                     }
-                    client::tell_left(&conn);
+                    client::tell_sent(&conn, got.unwrap_or(0));
                     return got;
                 }
                 // SAFETY: the application's descriptor, in a call on it.

@@ -3,7 +3,7 @@
 //! ```text
 //! stream serve ADDR [--once] [--epoll]
 //! stream connect ADDR --bytes N | --until-eof   [--seed S] [--one-way] [--no-trailer] [--connections N] …
-//! stream echo ADDR --rounds N | --until-eof     [--seed S] [--size BYTES] [--connections N] [--idle-after N]
+//! stream echo ADDR --rounds N | --until-eof     [--seed S] [--size BYTES] [--connections N] [--idle-after N] [--spin]
 //! stream poke ADDR [--hex BYTES] [--hold]
 //! ```
 //!
@@ -40,6 +40,7 @@ stream connect ADDR --bytes N | --until-eof
     --report FILE     keeps the number of bytes that write() has taken in FILE, 8 bytes
     --pause-after N   after N bytes, says `paused` and waits for a line on standard input
     --pace BYTES      sends at most so many bytes a second
+    --largest BYTES   of a write
     --until-eof       sends until standard input ends
     --connections N   so many connections with as many bytes, one after the other
 stream echo ADDR --rounds N | --until-eof
@@ -48,6 +49,7 @@ stream echo ADDR --rounds N | --until-eof
     --connections N   so many connections with as many rounds, one after the other
     --idle-after N    after N rounds, says `idle` and waits for standard input to end, then goes on
     --every MS        a round no more often than that
+    --spin            never sleeps: tries again at once
 stream poke ADDR [--hex BYTES] [--hold]
     connects, sends the bytes, and reads to the end; --hold: waits for the end without sending more";
 
@@ -153,6 +155,7 @@ fn connect(options: &Options) -> Result<()> {
     let mut sender = Sender::new(options.seed, bytes, Arc::default());
     sender.trailer = kind != UNENDED;
     sender.pace = options.pace.map(|rate| (rate, begun));
+    sender.largest = options.largest.unwrap_or(sender.largest);
     sender.report = match &options.report {
         Some(file) => Some(File::create(file).map_err(|e| format!("{file}: {e}"))?),
         None => None,
@@ -219,17 +222,32 @@ fn echo(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// Asks for bytes until it gets some, also on a non-blocking socket.
+struct Insistent(TcpStream);
+
+impl Read for Insistent {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.0.read(into) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                other => return other,
+            }
+        }
+    }
+}
+
 fn echo_once(options: &Options, ended: &AtomicBool, echoed: &mut Echoed) -> Result<()> {
-    let mut stream = options.open()?;
-    stream.set_nodelay(true).map_err(text)?;
-    stream.write_all(&Hello { kind: ECHO, seed: options.seed, bytes: 0 }.encode()).map_err(text)?;
+    let mut stream = Insistent(options.open()?);
+    stream.0.set_nodelay(true).map_err(text)?;
+    stream.0.set_nonblocking(options.spin).map_err(text)?;
+    stream.0.write_all(&Hello { kind: ECHO, seed: options.seed, bytes: 0 }.encode()).map_err(text)?;
     let mut words = Stream::new(options.seed);
     let (mut message, mut back) = (vec![0; options.size], vec![0; options.size]);
     let mut round = 0;
     while options.goes_on(round, options.rounds) && !(options.until_eof && ended.load(Ordering::Relaxed)) {
         let started = Instant::now();
         words.fill(&mut message);
-        stream.write_all(&message).map_err(|e| format!("round {round}: write: {e}"))?;
+        stream.0.write_all(&message).map_err(|e| format!("round {round}: write: {e}"))?;
         stream.read_exact(&mut back).map_err(|e| format!("round {round}: read: {e}"))?;
         if message != back {
             return Err(format!("round {round}: the answer differs"));
@@ -248,7 +266,7 @@ fn echo_once(options: &Options, ended: &AtomicBool, echoed: &mut Echoed) -> Resu
         }
     }
     echoed.rounds += round;
-    stream.shutdown(Shutdown::Write).map_err(text)?;
+    stream.0.shutdown(Shutdown::Write).map_err(text)?;
     let more = stream.read(&mut back).map_err(|e| format!("end: {e}"))?;
     if more != 0 {
         return Err(format!("{more} bytes after the last answer"));

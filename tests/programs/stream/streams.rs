@@ -128,6 +128,8 @@ pub enum Pumped {
 pub struct Sender {
     pub stream: Stream,
     pub sizes: Random,
+    /// Bytes of a write.
+    pub largest: u64,
     pub digest: Sha256,
     pub buffer: Vec<u8>,
     pub at: usize,
@@ -149,6 +151,7 @@ impl Sender {
         Self {
             stream: Stream::new(seed),
             sizes: Random(seed ^ 0x5eed),
+            largest: LARGEST as u64,
             digest: Sha256::new(),
             buffer: Vec::with_capacity(LARGEST + TRAILER),
             at: 0,
@@ -181,7 +184,7 @@ impl Sender {
             self.buffer.extend(self.digest.clone().finalize());
             return Pumped::More;
         }
-        let size = (self.sizes.size() as u64).min(left) as usize;
+        let size = (self.sizes.size() as u64).min(left).min(self.largest) as usize;
         self.buffer.resize(size, 0);
         self.stream.fill(&mut self.buffer);
         self.digest.update(&self.buffer);

@@ -6,7 +6,7 @@
 //! when it has read what was there, or for a call that comes a moment later.
 
 use super::Client;
-use super::resuming::{LATER, due_in};
+use super::resuming::{LATER, due_in, due_now};
 use crate::carrier::Carrier;
 use rustix::fd::BorrowedFd;
 use std::io;
@@ -49,8 +49,13 @@ impl Client {
                         shared.records.header().behind.store(1, Ordering::SeqCst);
                     }
                 }
-                // Of a broken connection the next look at the socket tells.
-                _ => drop(outbox.pop_front()),
+                sent => {
+                    if sent.is_err() {
+                        // If the agent has died, the next look at the socket tells. Who is busy makes none by itself.
+                        due_now();
+                    }
+                    outbox.pop_front();
+                }
             }
         }
     }

@@ -24,9 +24,19 @@ pub(super) const NEVER: u32 = u32::MAX;
 /// An agent that takes no messages is told after this.
 pub(super) const LATER: Duration = Duration::from_millis(1);
 
-/// Something is to be done after this time.
+/// Something is to be done after this time, if nothing is before.
 pub(super) fn due_in(time: Duration) {
-    DUE.store(clock() + time.as_nanos() as u64, Ordering::Release);
+    due_at(clock() + time.as_nanos() as u64);
+}
+
+/// Something is to be done at the next call.
+pub(super) fn due_now() {
+    due_at(1);
+}
+
+fn due_at(at: u64) {
+    let sooner = |due: u64| (due == 0 || due > at).then_some(at);
+    let _ = DUE.fetch_update(Ordering::AcqRel, Ordering::Relaxed, sooner);
 }
 
 impl Client {
