@@ -124,6 +124,37 @@ fn sockperf_ping_pong() {
     }
 }
 
+/// A connection that has been on a lane is passed to another process: it comes to a lane there as well, as the agent knows what its
+/// stays have left behind. Another agent does not, and leaves it on TCP.
+#[test]
+fn a_connection_that_is_passed_on() {
+    let file = |name| format!("{}/tests/programs/{name}", env!("CARGO_MANIFEST_DIR"));
+    let (passing, asking) = (file("passing.py"), file("handover.py"));
+    for (path, replaced) in [(PATHS[0], false), (PATHS[1], false), (PATHS[0], true), (PATHS[1], true)] {
+        let lab = Lab::up(&format!("programs-passing-{}", path.lane()));
+        let (guest, host) = (path.server(), v4(path.server(), 7000).ip().to_string());
+        let go = lab.state().join("go").display().to_string();
+        let serve = ["python3", &passing, "serve", &host, "7000", "100", &go];
+        let mut server = lab.serve(guest, 7000, &serve);
+        let client = lab.start("run", "a", &["python3", &asking, "ask", &host, "7000", "900"]);
+        server.prints("passed");
+        assert_eq!(lab.stat(guest).connections("upgraded_total"), 1, "it was on its lane before");
+        if replaced {
+            lab.daemon("kill", "agent", guest);
+            lab.daemon("start", "agent", guest);
+        }
+        std::fs::write(&go, "").expect("the worker's sign");
+        assert_eq!(client.ok(), "answered 900\n");
+        let stat = lab.stat(guest);
+        if replaced {
+            assert_eq!(stat.connections("upgraded_total"), 0, "{}", stat.0);
+            assert!(stat.declined("untrackable") > 0, "{}", stat.0);
+        } else {
+            assert_eq!(stat.connections("upgraded_total"), 2, "{}", stat.0);
+        }
+    }
+}
+
 /// A fork copies a connection that nobody has opened so far. While both processes have it neither may put it on a lane, for
 /// the other would go on at the kernel's socket; the one that is left may, if it has moved all of its bytes.
 #[test]

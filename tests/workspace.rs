@@ -35,6 +35,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("frontend/src/program/epoll/tests.rs", "real sets for the same calls"),
     ("frontend/src/program/exec.rs", "descriptors that a new program inherits"),
     ("frontend/src/program/fork.rs", "pthread_atfork"),
+    ("frontend/src/program/found.rs", "descriptors that belong to the application"),
     ("frontend/src/program/kin.rs", "memory that a process shares with its children"),
     ("frontend/src/program/pipes.rs", "descriptors that belong to the application"),
     ("frontend/src/program/poll.rs", "C structures of poll and select"),

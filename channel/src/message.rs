@@ -249,6 +249,8 @@ messages! {
         rx: u64,
         /// This end did the `connect`: the kernel counts its SYN as a byte acknowledged.
         connector: bool,
+        /// It came from another process, which may hold it still. Declined with `HeldByOthers` if one does.
+        found: bool,
     }
     /// Agent → program: the connection has a record.
     Tracked = 23 {
@@ -256,6 +258,13 @@ messages! {
         handle: u64,
         /// Which record.
         record: u32,
+        /// Of one that was found: the last generation that whoever had it has used.
+        generation: u32,
+        /// Of one that was found: how far its stream is ahead of what the kernel has counted, as bytes went by rings. What was
+        /// sent, modulo 2⁶⁴, as frames count as well.
+        ahead_tx: u64,
+        /// The same of what was received.
+        ahead_rx: u64,
     }
     /// Program → agent: the program has closed its last descriptor of the connection; what is left is the agent's.
     Closed = 24 {

@@ -87,6 +87,8 @@ reasons! {
     IoUring = 30, "io-uring";
     /// Its program uses asynchronous I/O (AIO), whose calls nobody sees.
     Aio = 31, "aio";
+    /// Another process may hold it as well, which knows of no lane; it is looked at again.
+    HeldByOthers = 32, "held-by-others";
 }
 
 impl Reason {

@@ -97,6 +97,26 @@ impl Counters {
     }
 }
 
+/// Whether this end of an established connection did the `connect`, as its counters tell: what was acknowledged or is under way is
+/// what was sent, and the connector's SYN. `None` if they do not tell, or do not stand still.
+pub fn is_connector(fd: impl AsFd) -> io::Result<Option<bool>> {
+    let fd = fd.as_fd();
+    for _ in 0..64 {
+        let out = unsent(fd)?;
+        let info = tcp_info(fd)?;
+        if unsent(fd)? != out {
+            continue;
+        }
+        let under_way = out.wrapping_sub(u64::from(info.tcpi_notsent_bytes));
+        let sent = info.tcpi_bytes_sent.wrapping_sub(info.tcpi_bytes_retrans);
+        return Ok(match info.tcpi_bytes_acked.wrapping_add(under_way).wrapping_sub(sent) {
+            syn @ (0 | 1) if info.tcpi_state == TCP_ESTABLISHED => Some(syn == 1),
+            _ => None,
+        });
+    }
+    Ok(None)
+}
+
 /// Whether the kernel is to report sends without copying (`SO_ZEROCOPY`).
 pub fn reports_completions(fd: BorrowedFd<'_>) -> bool {
     let mut on: libc::c_int = 0;
@@ -228,6 +248,7 @@ mod tests {
         let (ca, cb) = (counters(&a, true).unwrap().unwrap(), counters(&b, false).unwrap().unwrap());
         assert_eq!((ca.tx, ca.rx, cb.tx, cb.rx), (1000, 50, 50, 300));
         assert!(ca.established && cb.established);
+        assert_eq!((is_connector(&a).unwrap(), is_connector(&b).unwrap()), (Some(true), Some(false)));
         assert_eq!((counters_at_least(&a, true).unwrap(), counters_at_least(&b, false).unwrap()), (ca, cb));
         assert_eq!(tuple(&a).unwrap(), tuple(&b).unwrap().mirrored());
         abort(&a);

@@ -20,6 +20,7 @@ pub mod carrier;
 #[cfg(feature = "daemon")]
 pub mod cli;
 pub mod endpoint;
+mod holding;
 #[cfg(feature = "daemon")]
 pub mod host;
 #[cfg(feature = "daemon")]

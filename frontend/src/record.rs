@@ -259,6 +259,8 @@ pub struct Record {
     pub direct: [AtomicU64; 2],
     /// Bytes sent and received over fabric lanes.
     pub fabric: [AtomicU64; 2],
+    /// Bytes that others had sent and received before.
+    pub others: [AtomicU64; 2],
     /// This end did the connect.
     pub connector: AtomicU32,
     /// `Violation::code` of what ended the connection, or 0.
@@ -290,11 +292,33 @@ pub struct RecordsHeader {
 /// Bytes of the header before the first record.
 pub const RECORDS_HEADER_LEN: usize = 4096;
 
+/// What a connection's stays on lanes have left behind, now that it is the kernel's alone.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Past {
+    /// How far what was sent is ahead of what the kernel has counted, modulo 2⁶⁴: bytes that went by rings, less those of frames.
+    pub ahead_tx: u64,
+    /// The same of what was received.
+    pub ahead_rx: u64,
+    /// The last generation that was used.
+    pub generation: u32,
+}
+
 impl Record {
     /// Makes a record anew for a connection that has moved `tx` and `rx` bytes.
     pub fn init(&self, tx: u64, rx: u64, connector: bool) {
-        self.tx.init(TxState::new(tx));
-        self.rx.init(RxState::new(rx));
+        self.init_after(&Past::default(), (tx, rx), connector);
+        self.others.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+    }
+
+    /// Makes a record anew for a connection of which others have moved what the kernel has counted (sent, received), and more
+    /// before that.
+    pub fn init_after(&self, past: &Past, wire: (u64, u64), connector: bool) {
+        let state = TxState::after(wire.0, past.ahead_tx, past.generation);
+        let (tx, rx) = (state.off, wire.1.wrapping_add(past.ahead_rx));
+        self.tx.init(state);
+        self.rx.init(RxState::after(wire.1, past.ahead_rx, past.generation));
+        self.others[0].store(tx, Ordering::Relaxed);
+        self.others[1].store(rx, Ordering::Relaxed);
         let words =
             [&self.status, &self.ready, &self.leave, &self.untaken, &self.lane, &self.violation, &self.error];
         for word in words {
@@ -306,6 +330,13 @@ impl Record {
         self.connector.store(u32::from(connector), Ordering::Relaxed);
         self.rx_off.store(rx, Ordering::Relaxed);
         self.tx_off.store(tx, Ordering::Release);
+    }
+
+    /// What its stays have left behind. `None` while something is left of one, or its locks cannot be had within this time.
+    pub fn past(&self, most: Duration) -> Option<Past> {
+        let (tx, rx) = (self.tx.lock_within(most).ok()?, self.rx.lock_within(most).ok()?);
+        let generation = tx.generation.max(rx.min_generation.saturating_sub(1));
+        Some(Past { ahead_tx: tx.ahead()?, ahead_rx: rx.ahead()?, generation })
     }
 
     /// Whether any of these [`status`] bits is set.
@@ -335,6 +366,7 @@ impl Record {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vsocket_channel::reason::Reason;
 
     #[test]
     fn a_dead_owners_lock_is_taken_over() {
@@ -364,5 +396,35 @@ mod tests {
         });
         drop(held);
         assert!(record.rx.lock_within(Duration::ZERO).is_ok());
+    }
+
+    #[test]
+    fn a_connection_goes_on_after_its_past() {
+        // SAFETY: zeroed atomics and mutexes are valid until `init`.
+        let new = || unsafe { Box::new(MaybeUninit::<Record>::zeroed().assume_init()) };
+        let (before, after) = (new(), new());
+        before.init(1000, 300, true);
+        assert_eq!(before.past(Duration::ZERO), Some(Past::default()));
+        let mut tx = before.tx.lock().unwrap();
+        tx.switch(3, 7);
+        tx.sent_ring(500);
+        drop(tx);
+        assert_eq!(before.past(Duration::ZERO), None, "on a lane");
+        // As after a stay, with a frame of 16 bytes.
+        before.tx.init(TxState::after(1016, 484, 3));
+        before.rx.init(RxState::after(316, 24, 3));
+        let past = before.past(Duration::ZERO).unwrap();
+        assert_eq!(past, Past { ahead_tx: 484, ahead_rx: 24, generation: 3 });
+        after.init_after(&past, (2016, 320), true);
+        assert_eq!(after.past(Duration::ZERO), Some(past));
+        let tx = after.tx.lock().unwrap();
+        assert_eq!((tx.off, tx.raw, tx.wire), (2500, 2500, 2016));
+        let mut rx = after.rx.lock().unwrap();
+        assert_eq!((rx.off, rx.raw, rx.wire), (344, 344, 320));
+        assert_eq!((rx.prepare(3), rx.prepare(4)), (Err(Reason::Superseded), Ok(())));
+        // More frames than bytes by rings.
+        drop((tx, rx));
+        after.init_after(&Past { ahead_tx: 6u64.wrapping_neg(), ..past }, (2016, 320), true);
+        assert_eq!(after.tx.lock().unwrap().off, 2010);
     }
 }

@@ -542,7 +542,10 @@ fn bad_messages_cost_their_sender_only() {
         (wrong_version.to_vec(), "message-version"),
         (wrong_kind.to_vec(), "message-kind"),
         (Message::Welcome { vni: 1, boot: 1 }.encode().to_vec(), "unexpected-message"),
-        (Message::Track { handle: 1, tx: 0, rx: 0, connector: false }.encode().to_vec(), "track-descriptors"),
+        (
+            Message::Track { handle: 1, tx: 0, rx: 0, connector: false, found: false }.encode().to_vec(),
+            "track-descriptors",
+        ),
     ] {
         let bad = Program::attach(&guest.socket(), 0);
         rustix::net::send(&bad.carrier, &bytes, SendFlags::empty()).unwrap();

@@ -192,6 +192,7 @@ impl Agent {
             }
             Message::Prepare { conn, generation, segment } => {
                 if let Err(reason) = self.ask_to_prepare(conn, generation, &segment, packet.fds) {
+                    self.registry.count_reason(conn);
                     debug!(conn, generation, reason = reason.name(), "cannot prepare");
                     self.tell_backend(Message::Refused { conn, generation, reason });
                 }

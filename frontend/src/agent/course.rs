@@ -108,6 +108,8 @@ pub struct Course {
     spent: bool,
     failures: u32,
     last_generation: u32,
+    /// Generations that it has not seen would be of stays that nobody has told it of.
+    strict: bool,
     /// The backend's session that knows of the generation; 0 is none.
     session: u64,
 }
@@ -123,6 +125,7 @@ impl Course {
             spent: false,
             failures: 0,
             last_generation: 0,
+            strict: false,
             session: 0,
         }
     }
@@ -131,6 +134,12 @@ impl Course {
     pub fn resumed(last_generation: u32, now: Instant) -> Self {
         // One more than that is asked for; of the largest the backend says that it cannot be.
         Self { last_generation: last_generation.min(u32::MAX - 1), ..Self::new(now) }
+    }
+
+    /// A connection of which nobody knows whether it has been on a lane. Its peer knows, whose next generation then is not the first:
+    /// the offsets of the two ends would not agree, and it stays on TCP.
+    pub fn of_unknown_past(now: Instant) -> Self {
+        Self { strict: true, ..Self::new(now) }
     }
 
     /// Where it stands.
@@ -210,6 +219,10 @@ impl Course {
         }
         if generation <= self.last_generation {
             return Err(Reason::Superseded);
+        }
+        if self.strict && generation > self.last_generation + 1 {
+            (self.spent, self.reason) = (true, Some(Reason::Untrackable));
+            return Err(Reason::Untrackable);
         }
         self.stage = Stage::Preparing { generation, withdrawn: None };
         (self.lane, self.session, self.last_generation) = (lane, session, generation);
@@ -412,6 +425,22 @@ mod tests {
         assert_eq!(course.handle_prepare(8, Lane::Direct, 1), Ok(()));
         let mut last = Course::resumed(u32::MAX, now);
         assert_eq!(last.open(1, now), Some(Act::Open { min_generation: u32::MAX }));
+    }
+
+    #[test]
+    fn one_of_an_unknown_past_stays_on_tcp_if_it_has_one() {
+        let now = Instant::now();
+        let mut course = Course::of_unknown_past(now);
+        assert_eq!(course.open(1, now), Some(Act::Open { min_generation: 1 }));
+        assert_eq!(course.handle_prepare(1, Lane::Direct, 1), Ok(()));
+        course.handle_refused(1, Reason::Busy, now);
+        assert_eq!(
+            course.handle_prepare(3, Lane::Direct, 1),
+            Err(Reason::Untrackable),
+            "whose was the second?"
+        );
+        assert_eq!((course.due(), course.reason()), (None, Some(Reason::Untrackable)));
+        assert_eq!(course.handle_prepare(2, Lane::Direct, 1), Err(Reason::Untrackable));
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! | `bells` | in a virtual machine: programs' doorbells, streams to the host |
 //! | `ending` | connections whose program has closed them, or died |
 //! | `parting` | connections that an executed program inherits |
+//! | `reclaiming` | connections that programs have found, of others that had them |
 //! | `resuming` | connections that an agent before had |
 //! | `report` | what a person asks |
 //! | `established` | the guest's connections, as its kernel knows them |
@@ -25,6 +26,7 @@ mod liveness;
 mod machine;
 mod parting;
 mod program;
+mod reclaiming;
 mod registry;
 pub mod report;
 mod resuming;
@@ -192,6 +194,8 @@ struct Agent {
     link: backend::Link,
     machine: Option<Machine>,
     liveness: Liveness,
+    /// When it is next looked who holds a connection.
+    looks_from: Option<Instant>,
     timers: Timers,
     programs_made: u64,
     /// Tracked connections whose programs are still to be told.
@@ -228,6 +232,7 @@ pub fn run(options: Options) -> Result<(), Error> {
         registry: Registry::default(),
         link: backend::Link::default(),
         liveness: Liveness::default(),
+        looks_from: None,
         timers: Timers::default(),
         programs_made,
         untold: Vec::new(),

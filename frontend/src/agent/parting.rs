@@ -5,8 +5,10 @@
 use super::{Agent, Timer};
 use crate::endpoint::Return;
 use crate::post::Parcel;
+use crate::record::Past;
 use rustix::fd::OwnedFd;
 use rustix::net::sockopt::socket_cookie;
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -33,26 +35,49 @@ pub struct Parting {
     look: Instant,
 }
 
-/// Sockets that others may have, by their cookies, and why: the last of them.
+/// Sockets that others may have, by their cookies: why, and what their stays have left behind, if that is known. The last of them.
 #[derive(Debug, Default)]
 pub struct Given {
-    reasons: HashMap<u64, Reason>,
+    sockets: HashMap<u64, (Reason, Option<Past>)>,
     order: VecDeque<u64>,
 }
 
 impl Given {
-    /// Why this one is never opened, if it is one.
+    /// Why this one is not opened, if it is one.
     pub fn reason(&self, cookie: u64) -> Option<Reason> {
-        self.reasons.get(&cookie).copied()
+        Some(self.get(cookie)?.0)
+    }
+
+    /// The same, and its past.
+    pub fn get(&self, cookie: u64) -> Option<(Reason, Option<Past>)> {
+        self.sockets.get(&cookie).copied()
+    }
+
+    /// Nobody else has this one any more.
+    pub fn remove(&mut self, cookie: u64) {
+        if self.sockets.remove(&cookie).is_some() {
+            self.order.retain(|other| *other != cookie);
+        }
+    }
+
+    /// It has come back to TCP whole, and its stays have left this behind.
+    fn came_back(&mut self, cookie: u64, past: Option<Past>) {
+        if let Some(socket) = self.sockets.get_mut(&cookie) {
+            socket.1 = past;
+        }
     }
 
     fn insert(&mut self, cookie: u64, reason: Reason) {
-        if self.reasons.insert(cookie, reason).is_none() {
-            self.order.push_back(cookie);
+        match self.sockets.entry(cookie) {
+            Entry::Occupied(mut known) => known.get_mut().0 = reason,
+            Entry::Vacant(new) => {
+                new.insert((reason, None));
+                self.order.push_back(cookie);
+            }
         }
         if self.order.len() > REMEMBERED {
             let oldest = self.order.pop_front();
-            oldest.map(|cookie| self.reasons.remove(&cookie));
+            oldest.map(|cookie| self.sockets.remove(&cookie));
         }
     }
 }
@@ -120,11 +145,13 @@ impl Agent {
 
     pub(super) fn end_parting(&mut self, id: u64, stuck: bool) {
         let Some(conn) = self.registry.conns.get_mut(&id) else { return };
-        let parting = conn.parting.take();
+        let (parting, cookie) = (conn.parting.take(), conn.cookie);
         conn.parted = true;
         if let Some(record) = self.registry.conns.get(&id).and_then(|conn| self.registry.record(conn)) {
             // Also no agent after this one is to bring it back to a lane.
             record.leave.fetch_max(u32::MAX, Ordering::AcqRel);
+            let past = record.past(LOOK).filter(|_| !stuck);
+            self.registry.given.came_back(cookie, past);
         }
         if stuck {
             self.registry.totals.drop("inherited-on-lane");

@@ -7,7 +7,7 @@ use crate::carrier::{BACKLOG, Carrier};
 use crate::endpoint::Endpoint;
 use crate::kernel;
 use crate::post::{Parcel, Post};
-use crate::record::RECORDS;
+use crate::record::{Past, RECORDS};
 use mio::Interest;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::net::sockopt::socket_cookie;
@@ -129,10 +129,13 @@ impl Agent {
                 Ok(())
             }
             (Message::Attach { inherit, .. }, None) => self.attach(from, inherit, fds),
-            (Message::Track { handle, tx, rx, connector }, Some(program)) => {
+            (Message::Track { handle, tx, rx, connector, found }, Some(program)) => {
                 let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| Unexpected("track-descriptors"))?;
-                match self.track(from, program, &fd, (tx, rx), connector) {
-                    Ok(record) => self.tell_holder(from, Message::Tracked { handle, record }, Parcel::new()),
+                match self.track(from, program, &fd, (tx, rx), connector, found) {
+                    Ok((record, Past { ahead_tx, ahead_rx, generation })) => {
+                        let granted = Message::Tracked { handle, record, generation, ahead_tx, ahead_rx };
+                        self.tell_holder(from, granted, Parcel::new());
+                    }
                     Err(reason) => {
                         self.registry.totals.decline(reason);
                         self.tell_holder(from, Message::Declined { conn: handle, reason }, Parcel::new());
@@ -246,7 +249,7 @@ impl Agent {
         Ok(())
     }
 
-    /// Gives a connection a record, if what the program says of it is what the kernel says.
+    /// Gives a connection a record, if what the program says of it is what the kernel says. One that was found has a past.
     fn track(
         &mut self,
         from: u64,
@@ -254,12 +257,14 @@ impl Agent {
         fd: &OwnedFd,
         moved: (u64, u64),
         connector: bool,
-    ) -> Result<u32, Reason> {
+        found: bool,
+    ) -> Result<(u32, Past), Reason> {
         let tuple = kernel::tuple(fd).map_err(|_| Reason::NotEstablished)?;
-        let checked = self.check(fd, moved, connector);
+        let past = if found { self.reclaim(from, fd) } else { Ok(None) };
+        let checked = past.and_then(|past| Ok((past, self.check(fd, moved, connector, found)?)));
         let Some(owner) = self.registry.programs.get_mut(&program) else { return Err(Reason::Ending) };
-        let taken = checked.and_then(|cookie| Ok((cookie, owner.take_record().ok_or(Reason::Quota)?)));
-        let (cookie, record) = match taken {
+        let taken = checked.and_then(|checked| Ok((checked, owner.take_record().ok_or(Reason::Quota)?)));
+        let ((past, cookie), record) = match taken {
             Ok(taken) => taken,
             Err(reason) => {
                 if owner.declined.len() < RECORDS as usize {
@@ -269,11 +274,21 @@ impl Agent {
             }
         };
         owner.declined.remove(&tuple);
-        if let Some(record) = owner.records.record(record) {
-            record.init(moved.0, moved.1, connector);
+        if let Some(state) = owner.records.record(record) {
+            if found {
+                state.init_after(&past.unwrap_or_default(), moved, connector);
+            } else {
+                state.init(moved.0, moved.1, connector);
+            }
         }
-        self.insert(Conn::new(program, record, from, tuple, cookie, Course::new(self.now)));
-        Ok(record)
+        let course = match past {
+            Some(past) => Course::resumed(past.generation, self.now),
+            None if found => Course::of_unknown_past(self.now),
+            None => Course::new(self.now),
+        };
+        self.registry.given.remove(cookie);
+        self.insert(Conn::new(program, record, from, tuple, cookie, course));
+        Ok((record, past.unwrap_or_default()))
     }
 
     /// A connection has a record, and is to be opened.
@@ -287,7 +302,14 @@ impl Agent {
         self.untold.push(id);
     }
 
-    pub(super) fn check(&self, fd: &OwnedFd, moved: (u64, u64), connector: bool) -> Result<u64, Reason> {
+    /// The cookie of a connection that may be opened; `found`: also one that others have had.
+    pub(super) fn check(
+        &self,
+        fd: &OwnedFd,
+        moved: (u64, u64),
+        connector: bool,
+        found: bool,
+    ) -> Result<u64, Reason> {
         // The program goes on meanwhile, and brings the record up to date when it takes it; only prepare compares exactly.
         let counters = kernel::counters_at_least(fd, connector).map_err(|_| Reason::NotEstablished)?;
         if !counters.established {
@@ -297,7 +319,7 @@ impl Agent {
             return Err(Reason::Untrackable);
         }
         let cookie = socket_cookie(fd).map_err(|_| Reason::NotEstablished)?;
-        if let Some(reason) = self.registry.given.reason(cookie) {
+        if let Some(reason) = self.registry.given.reason(cookie).filter(|_| !found) {
             return Err(reason);
         }
         if self.registry.cookies.contains_key(&cookie) { Err(Reason::TupleTaken) } else { Ok(cookie) }

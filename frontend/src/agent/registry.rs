@@ -243,7 +243,7 @@ impl LaneBytes {
             let word = |w: &std::sync::atomic::AtomicU64| w.load(Ordering::Acquire);
             let one = |n: usize, off| {
                 let (direct, fabric) = (word(&record.direct[n]), word(&record.fabric[n]));
-                (word(off).saturating_sub(direct + fabric), direct, fabric)
+                (word(off).saturating_sub(word(&record.others[n]) + direct + fabric), direct, fabric)
             };
             let (sent, got) = (one(0, &record.tx_off), one(1, &record.rx_off));
             let pair = |tx, rx| TxRx { tx, rx };

@@ -41,7 +41,7 @@ impl Agent {
         };
         let connector = state.connector.load(Ordering::Relaxed) != 0;
         let checked = kernel::tuple(fd).map_err(|_| Reason::NotEstablished);
-        let checked = checked.and_then(|tuple| Ok((tuple, self.check(fd, (0, 0), connector)?)));
+        let checked = checked.and_then(|tuple| Ok((tuple, self.check(fd, (0, 0), connector, false)?)));
         let Some(owner) = self.registry.programs.get_mut(&program) else { return false };
         match checked {
             Ok((tuple, cookie)) => {

@@ -83,6 +83,17 @@ impl RxState {
         Self { off, raw: off, wire: off, min_generation: 1, ..Self::default() }
     }
 
+    /// The same, where `off` is so far ahead of what was taken from the anchor, by stays up to this generation.
+    pub fn after(wire: u64, ahead: u64, generation: u32) -> Self {
+        Self { wire, min_generation: generation.saturating_add(1), ..Self::new(wire.wrapping_add(ahead)) }
+    }
+
+    /// How far `off` is ahead of what was taken from the anchor, if nothing of a stay is left.
+    pub fn ahead(&self) -> Option<u64> {
+        let done = self.generation == 0 && self.raw == self.off && self.kept <= self.raw;
+        done.then(|| self.off.wrapping_sub(self.wire))
+    }
+
     /// Opens a generation.
     ///
     /// # Errors

@@ -81,6 +81,17 @@ impl TxState {
         Self { off, raw: off, wire: off, frame_done: REWIND_LEN as u32, ..Self::default() }
     }
 
+    /// The same, where `off` is so far ahead of what was put into the anchor, by stays up to this generation.
+    pub fn after(wire: u64, ahead: u64, generation: u32) -> Self {
+        Self { wire, generation, ..Self::new(wire.wrapping_add(ahead)) }
+    }
+
+    /// How far `off` is ahead of what was put into the anchor, if nothing of a stay is left.
+    pub fn ahead(&self) -> Option<u64> {
+        let done = self.phase == ANCHOR && self.raw == self.off && self.frame_done == REWIND_LEN as u32;
+        done.then(|| self.off.wrapping_sub(self.wire))
+    }
+
     /// Where the next byte goes.
     ///
     /// # Errors

@@ -12,6 +12,7 @@ use super::wait::clock;
 use crate::carrier::{Carrier, Packet};
 use crate::kernel;
 use crate::memory::{Bound, Records, Ringers, Slab};
+use crate::record::Past;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -64,7 +65,7 @@ struct Client {
     /// Opened descriptors and their epochs, by handle.
     opening: HashMap<u64, (i32, u32)>,
     /// Opened descriptors, by handle, and their records, which a call in the kernel has kept from getting them so far.
-    granted: Vec<(u64, u32)>,
+    granted: Vec<(u64, u32, Past)>,
     /// What the agent's socket has not taken so far.
     outbox: RefCell<VecDeque<Message>>,
     next_handle: u64,
@@ -393,9 +394,16 @@ impl Client {
             slot.leave_alone();
             return;
         }
+        let (connector, found) = (slot.connector(), slot.is_found());
+        if found {
+            // Before the agent looks who else holds it: whoever did has moved its last by then.
+            let Some(counters) = slot.adopt(|| kernel::counters(anchor, connector)) else { return };
+            let Ok(Some(counters)) = counters else { return slot.again() };
+            slot.recount(counters.tx, counters.rx);
+        }
         let handle = self.next_handle;
         let (tx, rx) = slot.moved();
-        let message = Message::Track { handle, tx, rx, connector: slot.connector() };
+        let message = Message::Track { handle, tx, rx, connector, found };
         if self.tell_now(&message, &[anchor]) {
             self.next_handle += 1;
             self.opening.insert(handle, (fd, slot.epoch.load(Ordering::Relaxed)));
@@ -436,8 +444,8 @@ impl Client {
 
     fn read(&mut self) {
         self.send_waiting();
-        for (handle, record) in std::mem::take(&mut self.granted) {
-            self.tracked(handle, record);
+        for (handle, record, past) in std::mem::take(&mut self.granted) {
+            self.tracked(handle, record, past);
         }
         let mut changed = is_due().is_some_and(|due| self.do_due(due));
         let mail = MAIL.load(Ordering::Acquire);
@@ -468,7 +476,9 @@ impl Client {
                 WORTH_ROUNDS.store(threshold_rounds, Ordering::Relaxed);
                 self.attached(program, fds);
             }
-            Ok(Message::Tracked { handle, record }) => self.tracked(handle, record),
+            Ok(Message::Tracked { handle, record, generation, ahead_tx, ahead_rx }) => {
+                self.tracked(handle, record, Past { ahead_tx, ahead_rx, generation });
+            }
             Ok(Message::Declined { conn: handle, reason }) => self.declined(handle, reason),
             Ok(Message::Prepare { conn, generation, segment }) => {
                 self.prepare(conn, generation, &segment, fds)
@@ -523,7 +533,7 @@ impl Client {
         self.shared = Some(shared);
     }
 
-    fn tracked(&mut self, handle: u64, record: u32) {
+    fn tracked(&mut self, handle: u64, record: u32, past: Past) {
         let Some((fd, epoch)) = self.opening.remove(&handle) else { return };
         let slot = table::slot(fd).filter(|s| {
             s.epoch.load(Ordering::Relaxed) == epoch && s.phase.load(Ordering::Relaxed) == table::OPENING
@@ -540,7 +550,11 @@ impl Client {
         let made = slot.adopt(|| {
             let conn = Conn::make(fd, record, &shared)?;
             let (tx, rx) = slot.moved();
-            conn.record().init(tx, rx, slot.connector());
+            if slot.is_found() {
+                conn.record().init_after(&past, (tx, rx), slot.connector());
+            } else {
+                conn.record().init(tx, rx, slot.connector());
+            }
             conn.attended.store(self.attachment, Ordering::Release);
             slot.hold(conn.clone());
             Some(conn)
@@ -557,7 +571,7 @@ impl Client {
             None => {
                 // Another thread's call is inside the kernel, and does not wait there: in a moment.
                 self.opening.insert(handle, (fd, epoch));
-                self.granted.push((handle, record));
+                self.granted.push((handle, record, past));
                 resuming::due_in(resuming::LATER);
             }
         }
@@ -566,7 +580,11 @@ impl Client {
     fn declined(&mut self, handle: u64, reason: Reason) {
         let Some((fd, epoch)) = self.opening.remove(&handle) else { return };
         let Some(slot) = table::slot(fd).filter(|s| s.epoch.load(Ordering::Relaxed) == epoch) else { return };
-        if reason == Reason::Busy {
+        let passes = matches!(reason, Reason::Busy | Reason::HeldByOthers | Reason::TupleTaken);
+        if slot.is_found() && passes {
+            // Whoever had it closes it in a moment, or goes on with it.
+            slot.again();
+        } else if reason == Reason::Busy {
             slot.phase.store(table::WANTED, Ordering::Release);
         } else {
             slot.leave_alone();

@@ -1,5 +1,5 @@
 //! Before a program is executed: the connections that it inherits go back to TCP, for good. With or without this library, it
-//! finds plain sockets.
+//! finds plain sockets. With it, they are its own to bring to a lane ([`found`](super::found)).
 //!
 //! Which they are is asked of the kernel, as this may be a child that shares its parent's memory (`vfork`) but not its
 //! descriptors. The agent does the rest, over a connection of its own: nothing of this process's state is touched, and no

@@ -6,10 +6,9 @@
 //! connection that was opened before the fork is another thing: both know its record.
 
 use super::table::{self, Slot};
-use rustix::fs::readlink;
+use crate::holding;
+use rustix::fd::BorrowedFd;
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
-use std::io::ErrorKind;
-use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
 /// Nobody else holds it.
@@ -115,21 +114,9 @@ pub fn is_alone(fd: i32, slot: &Slot) -> bool {
 
 /// Whether a process has a descriptor of what is `fd` here. If it may not be looked at, it has.
 fn holds(pid: u32, fd: i32) -> bool {
-    let Ok(this) = readlink(format!("/proc/self/fd/{fd}"), Vec::new()) else { return true };
-    let names = match std::fs::read_dir(format!("/proc/{pid}/fd")) {
-        Ok(names) => names,
-        Err(error) => return error.kind() != ErrorKind::NotFound,
-    };
-    for name in names {
-        let Ok(name) = name else { return std::fs::exists(format!("/proc/{pid}")).unwrap_or(true) };
-        match std::fs::read_link(name.path()) {
-            Ok(what) if what.as_os_str().as_bytes() == this.to_bytes() => return true,
-            // Closed meanwhile.
-            Err(error) if error.kind() != ErrorKind::NotFound => return true,
-            _ => {}
-        }
-    }
-    false
+    // SAFETY: only its name is asked for.
+    let name = holding::name(unsafe { BorrowedFd::borrow_raw(fd) });
+    name.is_none_or(|name| holding::holds(pid, &name) != Some(false))
 }
 
 #[cfg(test)]

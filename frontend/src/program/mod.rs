@@ -14,6 +14,7 @@ pub mod descriptors;
 pub mod epoll;
 pub mod exec;
 pub mod fork;
+pub mod found;
 pub mod kin;
 pub mod pipes;
 pub mod poll;

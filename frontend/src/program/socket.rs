@@ -556,23 +556,6 @@ pub fn passing(fds: &[i32]) {
     give(fds, Reason::Passed);
 }
 
-/// A descriptor came from elsewhere (`SCM_RIGHTS`): if it is a connection that this process has, it is one more number
-/// for it. Another stays on TCP.
-pub fn passed(fd: i32) {
-    if is_followed(fd) {
-        // The number was closed behind our back.
-        before_close(fd);
-    }
-    // SAFETY: the application's descriptor, which it has just received.
-    let cookie = |fd| rustix::net::sockopt::socket_cookie(unsafe { BorrowedFd::borrow_raw(fd) }).ok();
-    let Some(wanted) = cookie(fd) else { return };
-    let held = table::all().filter(|(_, slot)| !slot.conn_ptr().is_null());
-    let old = held.map(|(old, _)| old).find(|old| *old != fd && cookie(*old) == Some(wanted));
-    if let Some(old) = old {
-        duplicated(old, fd);
-    }
-}
-
 /// A new connection came into being under this number.
 pub fn appeared(fd: i32, connector: bool) {
     let Some(slot) = table::slot(fd) else { return };

@@ -24,6 +24,8 @@ pub struct Slot {
     pub phase: AtomicU8,
     /// This end did the connect.
     connector: AtomicU8,
+    /// It came from another process: see [`super::found`].
+    found: AtomicU8,
     /// 1: O_NONBLOCK is set, 2: it is not, 0: unknown.
     nonblock: AtomicU8,
     /// The last direction of travel: 1 sent, 2 received.
@@ -118,6 +120,7 @@ impl Slot {
         Self {
             phase: AtomicU8::new(NONE),
             connector: AtomicU8::new(0),
+            found: AtomicU8::new(0),
             nonblock: AtomicU8::new(0),
             last: AtomicU8::new(0),
             inside: AtomicU32::new(0),
@@ -135,6 +138,16 @@ impl Slot {
 
     /// Begins to follow a fresh connection.
     pub fn follow(&self, connector: bool) {
+        self.follow_as(connector, false);
+    }
+
+    /// Begins to follow a connection that another process has had. What that one has moved is not counted so far.
+    pub fn follow_found(&self, connector: bool) {
+        self.follow_as(connector, true);
+    }
+
+    fn follow_as(&self, connector: bool, found: bool) {
+        self.found.store(u8::from(found), Ordering::Relaxed);
         for word in [&self.tx, &self.rx, &self.since] {
             word.store(0, Ordering::Relaxed);
         }
@@ -207,6 +220,17 @@ impl Slot {
     /// This end did the connect.
     pub fn connector(&self) -> bool {
         self.connector.load(Ordering::Relaxed) != 0
+    }
+
+    /// Whether it came from another process.
+    pub fn is_found(&self) -> bool {
+        self.found.load(Ordering::Relaxed) != 0
+    }
+
+    /// The kernel has counted all that was moved, by whomever: from here on it is counted on.
+    pub fn recount(&self, tx: u64, rx: u64) {
+        self.tx.store(tx, Ordering::Relaxed);
+        self.rx.store(rx, Ordering::Relaxed);
     }
 
     /// Bytes sent and received while the descriptor was counted.

@@ -91,14 +91,14 @@ impl Program {
     }
 
     pub fn track(&self, socket: &TcpStream, tx: u64, rx: u64, connector: bool) -> Message {
-        let track = Message::Track { handle: 77, tx, rx, connector };
+        let track = Message::Track { handle: 77, tx, rx, connector, found: false };
         self.carrier.send(&track, &[socket.as_fd()]).unwrap();
         self.message()
     }
 
     pub fn tracked(&self, socket: &TcpStream, tx: u64, rx: u64) -> u32 {
         match self.track(socket, tx, rx, true) {
-            Message::Tracked { handle: 77, record } => record,
+            Message::Tracked { handle: 77, record, .. } => record,
             other => panic!("{other:?}"),
         }
     }

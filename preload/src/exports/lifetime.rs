@@ -1,7 +1,7 @@
 //! Where descriptors come from and go to.
 
 use libc::{c_int, c_uint, sockaddr, socklen_t};
-use vsocket_frontend::program::{Outcome, epoll, fork, socket};
+use vsocket_frontend::program::{Outcome, epoll, fork, found, socket};
 
 use crate::args;
 use crate::hook::ours;
@@ -17,6 +17,7 @@ static AT_LOAD: extern "C" fn() = at_load;
 
 extern "C" fn at_load() {
     fork::at_load();
+    found::at_load();
 }
 
 fn is_inet(family: c_int) -> bool {

@@ -7,6 +7,7 @@ use libc::{
 };
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
+use vsocket_frontend::program::found;
 use vsocket_frontend::program::pipes;
 use vsocket_frontend::program::socket::{self, Route};
 use vsocket_frontend::program::table::{self, Slot};
@@ -267,8 +268,8 @@ hook! { unsafe fn __recvfrom_chk(fd: c_int, buf: *mut c_void, n: size_t, room: s
 unsafe fn received(msg: *const msghdr) {
     // SAFETY: the application's message, of which the kernel has just stored as much control data as it says.
     unsafe {
-        if (*msg).msg_controllen > 0 && table::has_followed() {
-            ours(|| args::each_passed(msg, socket::passed));
+        if (*msg).msg_controllen > 0 {
+            ours(|| args::each_passed(msg, found::passed));
         }
     }
 }

@@ -38,17 +38,77 @@ pub(super) fn ended(child: c_int) -> c_int {
     if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { -libc::WTERMSIG(status) }
 }
 
-/// What `posix child` does with a connection: `send N` bytes, or `recv N`. It is descriptor 0, or comes over descriptor 0 if
-/// there is a third word.
+/// What `posix child` does with a connection: `send N` bytes, or `recv N`, or `echo 0`, which returns what comes until the end. It
+/// is descriptor 0, or comes over descriptor 0 if there is a third word `passed`, or that is its number.
 pub fn child(words: &[String]) {
     let n: usize = words[1].parse().expect("a number");
-    let fd = if words.len() > 2 { taken(0) } else { 0 };
+    let fd = match words.get(2).map(String::as_str) {
+        None => 0,
+        Some("passed") => taken(0),
+        Some(number) => number.parse().expect("a number"),
+    };
+    if words[0] == "echo" {
+        std::process::exit(echo(fd));
+    }
     let got = if words[0] == "send" {
         sys::send(fd, &sys::pattern(FROM_NEAR, 0, n), 0)
     } else {
         sys::recv(fd, &mut vec![0; n], libc::MSG_WAITALL)
     };
     std::process::exit(if got.0 == n as isize { 0 } else { 1 + got.1 });
+}
+
+/// Returns what comes, until the end.
+fn echo(fd: c_int) -> c_int {
+    let mut room = vec![0; 1 << 16];
+    loop {
+        match sys::recv(fd, &mut room, 0) {
+            Ret(0, _) => return 0,
+            Ret(n, _) if n > 0 && sys::send(fd, &room[..n as usize], libc::MSG_NOSIGNAL).0 == n => {}
+            other => return 1 + other.1,
+        }
+    }
+}
+
+/// A process that has the connection as a descriptor which is no standard stream's, and returns what comes.
+fn echoing(p: &Pair) -> std::process::Child {
+    let twin = sys::fcntl(p.near, libc::F_DUPFD, 500).0 as c_int;
+    let exe = std::env::current_exe().expect("a program knows where it is");
+    let child = std::process::Command::new(exe).args(["child", "echo", "0", &twin.to_string()]).spawn();
+    sys::close(twin);
+    child.expect("this program runs")
+}
+
+/// Another process has the connection now, and returns what the far end sends; whether it comes to a lane with that, for as
+/// long as it may. Nothing of that is written down where there are no lanes.
+fn goes_on_there(p: &mut Pair, child: std::process::Child, to_lane: bool) {
+    p.far("option", &[libc::IPPROTO_TCP.into(), libc::TCP_NODELAY.into(), 1]);
+    let (mut rounds, mut last) = (0, String::new());
+    let came = sys::soon(|| {
+        p.far("send", &[1, 0]);
+        p.far("take", &[1]);
+        rounds += 1;
+        last = p.far("lanes", &[]);
+        let fast = last.starts_with("direct direct") || last.starts_with("fabric fabric");
+        fast || rounds > 200 && (last.is_empty() || !to_lane)
+    });
+    if !came || !last.is_empty() && to_lane == last.starts_with("tcp") {
+        p.note(format_args!("lanes after {rounds} rounds: {last}"));
+    }
+    p.far("again", &[]);
+    for n in [9, 3000, 100_000] {
+        p.far_says("send", &[n, 0]);
+        p.far_says("take", &[n]);
+    }
+    p.far_says("shutdown", &[libc::SHUT_WR.into()]);
+    p.note(ended(child.id() as c_int));
+}
+
+/// This process had it all the while.
+fn goes_on_here(p: &mut Pair) {
+    p.send(10, 0);
+    p.far_says("take", &[10]);
+    p.take(1);
 }
 
 /// Executes this program as a child with the connection as its descriptor 0, by `posix_spawn`.
@@ -324,6 +384,16 @@ fn passes(group: &mut Group) {
         };
         case(&format!("to a process {to}, which has the last descriptor"), Box::new(last));
     }
+    case(
+        "to a process with the library, and this one goes on as well",
+        Box::new(|p: &mut Pair| {
+            let receiver = Receiver::begin(true, "echo", 0);
+            p.call("pass", pass(receiver.socket, p.near));
+            sys::close(receiver.socket);
+            goes_on_there(p, receiver.child, false);
+            goes_on_here(p);
+        }),
+    );
     for (name, travel) in [
         ("within the process", travelled as fn(c_int) -> c_int),
         ("over an accepted socket", travelled_over_accepted),
@@ -532,6 +602,25 @@ pub fn group() -> Group {
             unsafe { libc::execv(c"/bin/true".as_ptr(), none.as_ptr()) }
         }));
         exchange(p);
+    });
+    group.case("7.16", "exec/the new program alone comes to a lane", |p| {
+        let child = echoing(p);
+        p.call("close", sys::close(p.near));
+        p.near = -1;
+        goes_on_there(p, child, true);
+    });
+    inherits(group.case("7.16", "exec/the new program and this one go on", |p| {
+        let child = echoing(p);
+        goes_on_there(p, child, false);
+        goes_on_here(p);
+    }));
+    group.case("7.19", "SCM_RIGHTS/the process that has it alone comes to a lane", |p| {
+        let receiver = Receiver::begin(true, "echo", 0);
+        p.call("pass", pass(receiver.socket, p.near));
+        p.call("close", sys::close(p.near));
+        p.near = -1;
+        sys::close(receiver.socket);
+        goes_on_there(p, receiver.child, true);
     });
     passes(&mut group);
     group.case("7.14", "daemon/the child goes on", |p| {

@@ -1,0 +1,95 @@
+//! Connections that come from another process: with a message (`SCM_RIGHTS`), or by the execution of this program. Whoever had
+//! one has brought it back to kernel TCP, with everything that is unread. It is counted from here on as one of our own, and comes
+//! to a lane when the agent sees that nobody else holds it any more ([`HeldByOthers`]): what it had moved before, the kernel
+//! tells then.
+//!
+//! The standard streams are left alone: the C library reads and writes those by itself, where nobody sees it. So is everything if
+//! a set of `epoll` has come as well, which may watch what is found, and knows only the kernel's socket.
+//!
+//! [`HeldByOthers`]: vsocket_channel::reason::Reason::HeldByOthers
+
+use super::socket::{before_close, duplicated, is_followed};
+use super::table;
+use crate::kernel;
+use rustix::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The first number that is no standard stream's.
+const FIRST: i32 = 3;
+
+/// A set of another process has come.
+static STRANGE_SET: AtomicBool = AtomicBool::new(false);
+
+/// When the library is loaded: what the program has inherited.
+pub fn at_load() {
+    let names = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let numbers = names.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let inherited: Vec<i32> = numbers.filter(|fd| *fd >= FIRST).collect();
+    inherited.iter().for_each(|fd| look_for_set(*fd));
+    inherited.iter().for_each(|fd| follow(*fd));
+}
+
+/// A descriptor came with a message: if it is a connection that this process has, it is one more number for it.
+pub fn passed(fd: i32) {
+    if is_followed(fd) {
+        // The number was closed behind our back.
+        before_close(fd);
+    }
+    // SAFETY: the application's descriptor, which it has just received.
+    let cookie = |fd| rustix::net::sockopt::socket_cookie(unsafe { BorrowedFd::borrow_raw(fd) }).ok();
+    let Some(wanted) = cookie(fd) else { return look_for_set(fd) };
+    let known = table::all().filter(|(old, _)| *old != fd).find(|(old, _)| cookie(*old) == Some(wanted));
+    match known {
+        Some((old, _)) => duplicated(old, fd),
+        None => follow(fd),
+    }
+}
+
+fn look_for_set(fd: i32) {
+    let what = std::fs::read_link(format!("/proc/self/fd/{fd}"));
+    if what.is_ok_and(|what| what.as_os_str() == "anon_inode:[eventpoll]") {
+        STRANGE_SET.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Begins to follow a descriptor, if it is a connection of TCP whose counters tell what has become of it.
+fn follow(fd: i32) {
+    if STRANGE_SET.load(Ordering::Relaxed) {
+        return;
+    }
+    // SAFETY: a descriptor that this process has just got; of another that has come in its place the same is asked.
+    let socket = unsafe { BorrowedFd::borrow_raw(fd) };
+    let Some(slot) = table::slot(fd).filter(|_| kernel::tuple(socket).is_ok()) else { return };
+    if let Ok(Some(connector)) = kernel::is_connector(socket) {
+        slot.follow_found(connector);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn a_connection_is_followed_from_where_it_is_found() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut far, _) = listener.accept().unwrap();
+        near.write_all(&[1; 100]).unwrap();
+        far.read_exact(&mut [0; 60]).unwrap();
+        for (fd, connector) in [(near.as_raw_fd(), true), (far.as_raw_fd(), false)] {
+            passed(fd);
+            let slot = table::followed(fd).unwrap();
+            assert!(slot.is_found() && slot.connector() == connector);
+            assert_eq!((slot.moved(), slot.shown()), ((0, 0), 0), "it is to show its worth here");
+            let _ = slot.forget();
+        }
+        passed(listener.as_raw_fd());
+        assert!(!is_followed(listener.as_raw_fd()), "no connection");
+        let (end, _) = std::os::unix::net::UnixStream::pair().unwrap();
+        passed(end.as_raw_fd());
+        assert!(!is_followed(end.as_raw_fd()), "none of TCP");
+    }
+}
