@@ -394,13 +394,17 @@ impl Client {
             slot.leave_alone();
             return;
         }
-        let (connector, found) = (slot.connector(), slot.is_found());
-        if found {
+        let connector = slot.connector();
+        if slot.is_found() || slot.is_copied() {
             // Before the agent looks who else holds it: whoever did has moved its last by then.
             let Some(counters) = slot.adopt(|| kernel::counters(anchor, connector)) else { return };
             let Ok(Some(counters)) = counters else { return slot.again() };
-            slot.recount(counters.tx, counters.rx);
+            if slot.moved() != (counters.tx, counters.rx) {
+                slot.becomes_found();
+                slot.recount(counters.tx, counters.rx);
+            }
         }
+        let found = slot.is_found();
         let handle = self.next_handle;
         let (tx, rx) = slot.moved();
         let message = Message::Track { handle, tx, rx, connector, found };

@@ -58,6 +58,7 @@ pub fn before() {
         let birth = *births.get_or_insert_with(birth);
         let kin = if is_alone(fd, slot) { birth } else { MANY };
         slot.kin.store(kin, Ordering::Release);
+        slot.copied();
     }
 }
 

@@ -24,8 +24,8 @@ pub struct Slot {
     pub phase: AtomicU8,
     /// This end did the connect.
     connector: AtomicU8,
-    /// It came from another process: see [`super::found`].
-    found: AtomicU8,
+    /// 1: it came from another process, see [`super::found`]; 2: a fork has copied it, see [`super::kin`].
+    strange: AtomicU8,
     /// 1: O_NONBLOCK is set, 2: it is not, 0: unknown.
     nonblock: AtomicU8,
     /// The last direction of travel: 1 sent, 2 received.
@@ -120,7 +120,7 @@ impl Slot {
         Self {
             phase: AtomicU8::new(NONE),
             connector: AtomicU8::new(0),
-            found: AtomicU8::new(0),
+            strange: AtomicU8::new(0),
             nonblock: AtomicU8::new(0),
             last: AtomicU8::new(0),
             inside: AtomicU32::new(0),
@@ -147,7 +147,7 @@ impl Slot {
     }
 
     fn follow_as(&self, connector: bool, found: bool) {
-        self.found.store(u8::from(found), Ordering::Relaxed);
+        self.strange.store(u8::from(found), Ordering::Relaxed);
         for word in [&self.tx, &self.rx, &self.since] {
             word.store(0, Ordering::Relaxed);
         }
@@ -224,7 +224,22 @@ impl Slot {
 
     /// Whether it came from another process.
     pub fn is_found(&self) -> bool {
-        self.found.load(Ordering::Relaxed) != 0
+        self.strange.load(Ordering::Relaxed) == 1
+    }
+
+    /// Whether a fork has copied it: another process may have moved what is not counted here.
+    pub fn is_copied(&self) -> bool {
+        self.strange.load(Ordering::Relaxed) == 2
+    }
+
+    /// A fork copies it.
+    pub fn copied(&self) {
+        let _ = self.strange.compare_exchange(0, 2, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// Another process has moved bytes of it, and has gone: it is as one that was found.
+    pub fn becomes_found(&self) {
+        self.strange.store(1, Ordering::Relaxed);
     }
 
     /// The kernel has counted all that was moved, by whomever: from here on it is counted on.
