@@ -2,7 +2,7 @@
 //!
 //! `cargo bench --bench hooks` prints, for each call, its time without and with the library, medians of batches that two
 //! processes run in turn on one processor, and the median of what the second of two batches took more; it fails if a call
-//! adds more than 50 ns, and a list 1 ns a descriptor. Needs `cargo build --release --workspace`. Both processes have a second
+//! adds more than 50 ns, and a list 1 ns a descriptor. Both processes have a second
 //! thread and a TCP connection, so that nothing is easier than in a program that uses the library.
 
 use std::io::{BufRead, BufReader, Write};
@@ -89,7 +89,13 @@ fn main() {
     let exe = std::env::current_exe().expect("a program knows where it is");
     let release = exe.ancestors().nth(2).expect("target/release/deps/…");
     let library = release.join("libvsocket.so");
-    assert!(library.exists(), "{} is missing: cargo build --release --workspace", library.display());
+    // As it is now, not as it was built last.
+    let built = Command::new(env!("CARGO")).args(["build", "--release", "--workspace", "--lib"]).status();
+    assert!(
+        built.is_ok_and(|status| status.success()) && library.exists(),
+        "{} is not built",
+        library.display()
+    );
     let mut pairs: Vec<_> = (0..PAIRS).map(|_| [Runner::new(None), Runner::new(Some(&library))]).collect();
     println!("{:40} {:>8} {:>8} {:>8}  ns a call", "", "without", "with", "added");
     let mut worst = (f64::MIN, "");
