@@ -356,7 +356,7 @@ mod tests {
             ([&good[..], &[0]].concat(), "message-length"),
             (vec![1], "message-length"),
             (with(0, 0), "message-magic"),
-            (with(4, 2), "message-version"),
+            (with(4, 9), "message-version"),
             (with(7, 1), "message-kind"),
         ];
         for (image, name) in table {

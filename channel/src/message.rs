@@ -21,7 +21,7 @@ pub use parts::{Lane, MAX_REGIONS, RUNS, Region, Runs, Segment, Tuple};
 /// Bytes of every message.
 pub const MESSAGE_LEN: usize = 128;
 /// Version of the protocol: both ends must speak the same.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Most descriptors beside one message.
 pub const MAX_FDS: usize = 2 + 2 * crate::layout::BELLS;
 const MAGIC: [u8; 4] = *b"VSK\0";
@@ -258,6 +258,8 @@ messages! {
         handle: u64,
         /// Which record.
         record: u32,
+        /// What is said of the past holds: of one that was found it may not be known.
+        known: bool,
         /// Of one that was found: the last generation that whoever had it has used.
         generation: u32,
         /// Of one that was found: how far its stream is ahead of what the kernel has counted, as bytes went by rings. What was

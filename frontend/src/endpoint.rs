@@ -382,6 +382,7 @@ impl Endpoint<'_> {
             return Err(Reason::Untrackable);
         }
         rx.prepare(generation)?;
+        self.record.unknown.store(0, Ordering::Relaxed);
         if let Some(bound) = self.bound {
             self.record.lane.store(u32::from(bound.lane.code()), Ordering::Relaxed);
         }

@@ -98,40 +98,55 @@ impl Counters {
 }
 
 /// Whether this end of an established connection did the `connect`, as its counters tell: what was acknowledged or is under way is
-/// what was sent, and the connector's SYN. `None` if they do not tell, or do not stand still.
+/// what was sent, and the connector's SYN. `None` if they do not tell, as before Linux 4.19, or do not stand still.
 pub fn is_connector(fd: impl AsFd) -> io::Result<Option<bool>> {
     let fd = fd.as_fd();
+    let key = |i: &libc::tcp_info| (i.tcpi_bytes_acked, i.tcpi_bytes_sent, i.tcpi_notsent_bytes);
     for _ in 0..64 {
+        let before = tcp_info(fd)?;
         let out = unsent(fd)?;
         let info = tcp_info(fd)?;
-        if unsent(fd)? != out {
+        if key(&before) != key(&info) {
             continue;
         }
         let under_way = out.wrapping_sub(u64::from(info.tcpi_notsent_bytes));
         let sent = info.tcpi_bytes_sent.wrapping_sub(info.tcpi_bytes_retrans);
+        let tells = info.tcpi_state == TCP_ESTABLISHED && (sent > 0 || info.tcpi_data_segs_out == 0);
         return Ok(match info.tcpi_bytes_acked.wrapping_add(under_way).wrapping_sub(sent) {
-            syn @ (0 | 1) if info.tcpi_state == TCP_ESTABLISHED => Some(syn == 1),
+            syn @ (0 | 1) if tells => Some(syn == 1),
             _ => None,
         });
     }
     Ok(None)
 }
 
+/// Whether what another process has done with a connection is only to move bytes: it is TCP by itself, without a protocol on top
+/// (`TCP_ULP`, as kTLS), receives what comes (`SO_RCVLOWAT`), and is not shut.
+pub fn is_as_new(fd: BorrowedFd<'_>) -> bool {
+    use rustix::net::{ipproto, sockopt};
+    let rdhup = rustix::event::PollFlags::RDHUP;
+    let mut one = [rustix::event::PollFd::from_borrowed_fd(fd, rdhup)];
+    let zero = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+    sockopt::socket_protocol(fd) == Ok(Some(ipproto::TCP))
+        && int_option(fd, libc::IPPROTO_TCP, libc::TCP_ULP).is_none_or(|(len, _)| len == 0)
+        && int_option(fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT) == Some((4, 1))
+        && rustix::event::poll(&mut one, Some(&zero)) == Ok(0)
+}
+
+/// A socket option of up to four bytes, and how many it has; `None`: the kernel does not know it.
+fn int_option(fd: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int) -> Option<(usize, libc::c_int)> {
+    let mut value: libc::c_int = 0;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the pointers name `value` and `len`, which outlive the call; the kernel writes at most `len` bytes.
+    let got = unsafe {
+        libc::getsockopt(fd.as_raw_fd(), level, name, std::ptr::from_mut(&mut value).cast(), &raw mut len)
+    };
+    (got == 0).then_some((len as usize, value))
+}
+
 /// Whether the kernel is to report sends without copying (`SO_ZEROCOPY`).
 pub fn reports_completions(fd: BorrowedFd<'_>) -> bool {
-    let mut on: libc::c_int = 0;
-    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: the pointers name `on` and `len`, which outlive the call; the kernel writes at most `len` bytes.
-    let got = unsafe {
-        libc::getsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_ZEROCOPY,
-            std::ptr::from_mut(&mut on).cast(),
-            &raw mut len,
-        )
-    };
-    got == 0 && on != 0
+    int_option(fd, libc::SOL_SOCKET, libc::SO_ZEROCOPY).is_some_and(|(_, on)| on != 0)
 }
 
 /// Whether the peer's FIN has come.
@@ -248,9 +263,13 @@ mod tests {
         let (ca, cb) = (counters(&a, true).unwrap().unwrap(), counters(&b, false).unwrap().unwrap());
         assert_eq!((ca.tx, ca.rx, cb.tx, cb.rx), (1000, 50, 50, 300));
         assert!(ca.established && cb.established);
+        assert!(is_as_new(a.as_fd()) && is_as_new(b.as_fd()));
         assert_eq!((is_connector(&a).unwrap(), is_connector(&b).unwrap()), (Some(true), Some(false)));
         assert_eq!((counters_at_least(&a, true).unwrap(), counters_at_least(&b, false).unwrap()), (ca, cb));
         assert_eq!(tuple(&a).unwrap(), tuple(&b).unwrap().mirrored());
+        let other = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        rustix::net::shutdown(&other, rustix::net::Shutdown::Read).unwrap();
+        assert!(!is_as_new(other.as_fd()), "shut for reading");
         abort(&a);
         assert_eq!(b.read(&mut [0; 2000]).unwrap(), 700, "what had arrived stays readable");
         assert_eq!(b.read(&mut [0; 9]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);

@@ -1,6 +1,6 @@
 //! Mappings: slabs that the host made, and records that the agent made. The only place of the frontend that maps.
 
-use crate::record::{RECORDS, RECORDS_HEADER_LEN, Record, RecordsHeader};
+use crate::record::{RECORDS, RECORDS_HEADER_LEN, RECORDS_LAYOUT, Record, RecordsHeader};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::mm::{MapFlags, ProtFlags};
 use std::io;
@@ -256,6 +256,7 @@ impl Records {
         rustix::fs::ftruncate(&fd, Record::memory_len() as u64)?;
         rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         let records = Self::map(&fd)?;
+        records.header().layout.store(RECORDS_LAYOUT, Ordering::Release);
         Ok((fd, records))
     }
 
@@ -267,7 +268,11 @@ impl Records {
         if !exact || !sealed {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "not the memory of records"));
         }
-        Self::map(fd)
+        let records = Self::map(fd)?;
+        match records.header().layout.load(Ordering::Acquire) {
+            RECORDS_LAYOUT => Ok(records),
+            other => Err(io::Error::other(format!("records of layout {other}, want {RECORDS_LAYOUT}"))),
+        }
     }
 
     /// Maps a program's records.

@@ -261,6 +261,8 @@ pub struct Record {
     pub fabric: [AtomicU64; 2],
     /// Bytes that others had sent and received before.
     pub others: [AtomicU64; 2],
+    /// 1: nobody knows whether it has been on a lane before, as its first generation will show.
+    pub unknown: AtomicU32,
     /// This end did the connect.
     pub connector: AtomicU32,
     /// `Violation::code` of what ended the connection, or 0.
@@ -278,6 +280,8 @@ pub struct Record {
 /// The start of a program's record memory.
 #[repr(C, align(64))]
 pub struct RecordsHeader {
+    /// [`RECORDS_LAYOUT`] of who made it.
+    pub layout: AtomicU32,
     /// Counts the messages that the agent has put into the program's control socket.
     pub mail: AtomicU32,
     /// 1 while the agent's watchdog sleeps: who publishes on a fabric lane takes it and rings.
@@ -288,6 +292,9 @@ pub struct RecordsHeader {
     /// says that it has.
     pub behind: AtomicU32,
 }
+
+/// Version of what stands in the memory of records, which an agent may be given that did not make it.
+pub const RECORDS_LAYOUT: u32 = 2;
 
 /// Bytes of the header before the first record.
 pub const RECORDS_HEADER_LEN: usize = 4096;
@@ -306,13 +313,15 @@ pub struct Past {
 impl Record {
     /// Makes a record anew for a connection that has moved `tx` and `rx` bytes.
     pub fn init(&self, tx: u64, rx: u64, connector: bool) {
-        self.init_after(&Past::default(), (tx, rx), connector);
+        self.init_after(Some(Past::default()), (tx, rx), connector);
         self.others.iter().for_each(|word| word.store(0, Ordering::Relaxed));
     }
 
     /// Makes a record anew for a connection of which others have moved what the kernel has counted (sent, received), and more
-    /// before that.
-    pub fn init_after(&self, past: &Past, wire: (u64, u64), connector: bool) {
+    /// before that, if its past is known.
+    pub fn init_after(&self, past: Option<Past>, wire: (u64, u64), connector: bool) {
+        self.unknown.store(u32::from(past.is_none()), Ordering::Relaxed);
+        let past = past.unwrap_or_default();
         let state = TxState::after(wire.0, past.ahead_tx, past.generation);
         let (tx, rx) = (state.off, wire.1.wrapping_add(past.ahead_rx));
         self.tx.init(state);
@@ -332,8 +341,12 @@ impl Record {
         self.tx_off.store(tx, Ordering::Release);
     }
 
-    /// What its stays have left behind. `None` while something is left of one, or its locks cannot be had within this time.
+    /// What its stays have left behind. `None` if that is not known, while something is left of one, and if its locks cannot be had
+    /// within this time.
     pub fn past(&self, most: Duration) -> Option<Past> {
+        if self.unknown.load(Ordering::Relaxed) != 0 {
+            return None;
+        }
         let (tx, rx) = (self.tx.lock_within(most).ok()?, self.rx.lock_within(most).ok()?);
         let generation = tx.generation.max(rx.min_generation.saturating_sub(1));
         Some(Past { ahead_tx: tx.ahead()?, ahead_rx: rx.ahead()?, generation })
@@ -415,7 +428,7 @@ mod tests {
         before.rx.init(RxState::after(316, 24, 3));
         let past = before.past(Duration::ZERO).unwrap();
         assert_eq!(past, Past { ahead_tx: 484, ahead_rx: 24, generation: 3 });
-        after.init_after(&past, (2016, 320), true);
+        after.init_after(Some(past), (2016, 320), true);
         assert_eq!(after.past(Duration::ZERO), Some(past));
         let tx = after.tx.lock().unwrap();
         assert_eq!((tx.off, tx.raw, tx.wire), (2500, 2500, 2016));
@@ -424,7 +437,9 @@ mod tests {
         assert_eq!((rx.prepare(3), rx.prepare(4)), (Err(Reason::Superseded), Ok(())));
         // More frames than bytes by rings.
         drop((tx, rx));
-        after.init_after(&Past { ahead_tx: 6u64.wrapping_neg(), ..past }, (2016, 320), true);
+        after.init_after(Some(Past { ahead_tx: 6u64.wrapping_neg(), ..past }), (2016, 320), true);
         assert_eq!(after.tx.lock().unwrap().off, 2010);
+        after.init_after(None, (2016, 320), true);
+        assert_eq!(after.past(Duration::ZERO), None, "not known");
     }
 }

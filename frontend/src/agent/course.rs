@@ -138,8 +138,8 @@ impl Course {
 
     /// A connection of which nobody knows whether it has been on a lane. Its peer knows, whose next generation then is not the first:
     /// the offsets of the two ends would not agree, and it stays on TCP.
-    pub fn of_unknown_past(now: Instant) -> Self {
-        Self { strict: true, ..Self::new(now) }
+    pub fn of_unknown_past(last_generation: u32, now: Instant) -> Self {
+        Self { strict: true, ..Self::resumed(last_generation, now) }
     }
 
     /// Where it stands.
@@ -430,7 +430,7 @@ mod tests {
     #[test]
     fn one_of_an_unknown_past_stays_on_tcp_if_it_has_one() {
         let now = Instant::now();
-        let mut course = Course::of_unknown_past(now);
+        let mut course = Course::of_unknown_past(0, now);
         assert_eq!(course.open(1, now), Some(Act::Open { min_generation: 1 }));
         assert_eq!(course.handle_prepare(1, Lane::Direct, 1), Ok(()));
         course.handle_refused(1, Reason::Busy, now);

@@ -53,13 +53,6 @@ impl Given {
         self.sockets.get(&cookie).copied()
     }
 
-    /// Nobody else has this one any more.
-    pub fn remove(&mut self, cookie: u64) {
-        if self.sockets.remove(&cookie).is_some() {
-            self.order.retain(|other| *other != cookie);
-        }
-    }
-
     /// It has come back to TCP whole, and its stays have left this behind.
     fn came_back(&mut self, cookie: u64, past: Option<Past>) {
         if let Some(socket) = self.sockets.get_mut(&cookie) {
@@ -145,13 +138,15 @@ impl Agent {
 
     pub(super) fn end_parting(&mut self, id: u64, stuck: bool) {
         let Some(conn) = self.registry.conns.get_mut(&id) else { return };
-        let (parting, cookie) = (conn.parting.take(), conn.cookie);
+        let (parting, cookie, past) = (conn.parting.take(), conn.cookie, conn.past);
         conn.parted = true;
         if let Some(record) = self.registry.conns.get(&id).and_then(|conn| self.registry.record(conn)) {
             // Also no agent after this one is to bring it back to a lane.
             record.leave.fetch_max(u32::MAX, Ordering::AcqRel);
-            let past = record.past(LOOK).filter(|_| !stuck);
-            self.registry.given.came_back(cookie, past);
+            // While it is being tracked, the program makes its record anew.
+            let prepared = self.registry.conns.get(&id).is_some_and(|conn| conn.anchor.is_some());
+            let past = if prepared { record.past(LOOK) } else { past };
+            self.registry.given.came_back(cookie, past.filter(|_| !stuck));
         }
         if stuck {
             self.registry.totals.drop("inherited-on-lane");

@@ -132,12 +132,14 @@ impl Agent {
             (Message::Track { handle, tx, rx, connector, found }, Some(program)) => {
                 let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| Unexpected("track-descriptors"))?;
                 match self.track(from, program, &fd, (tx, rx), connector, found) {
-                    Ok((record, Past { ahead_tx, ahead_rx, generation })) => {
-                        let granted = Message::Tracked { handle, record, generation, ahead_tx, ahead_rx };
+                    Ok((record, past)) => {
+                        let known = past.is_some();
+                        let Past { ahead_tx, ahead_rx, generation } = past.unwrap_or_default();
+                        let granted =
+                            Message::Tracked { handle, record, known, generation, ahead_tx, ahead_rx };
                         self.tell_holder(from, granted, Parcel::new());
                     }
                     Err(reason) => {
-                        self.registry.totals.decline(reason);
                         self.tell_holder(from, Message::Declined { conn: handle, reason }, Parcel::new());
                     }
                 }
@@ -258,17 +260,20 @@ impl Agent {
         moved: (u64, u64),
         connector: bool,
         found: bool,
-    ) -> Result<(u32, Past), Reason> {
-        let tuple = kernel::tuple(fd).map_err(|_| Reason::NotEstablished)?;
-        let past = if found { self.reclaim(from, fd) } else { Ok(None) };
-        let checked = past.and_then(|past| Ok((past, self.check(fd, moved, connector, found)?)));
+    ) -> Result<(u32, Option<Past>), Reason> {
+        let tuple = kernel::tuple(fd).map_err(|_| Reason::NotEstablished);
+        let past = if found { self.reclaim(from, fd) } else { Ok(Some(Past::default())) };
+        let checked = tuple.and_then(|_| Ok((past?, self.check(fd, moved, connector, found)?)));
         let Some(owner) = self.registry.programs.get_mut(&program) else { return Err(Reason::Ending) };
         let taken = checked.and_then(|checked| Ok((checked, owner.take_record().ok_or(Reason::Quota)?)));
-        let ((past, cookie), record) = match taken {
-            Ok(taken) => taken,
-            Err(reason) => {
-                if owner.declined.len() < RECORDS as usize {
-                    owner.declined.insert(tuple, reason);
+        let (tuple, (past, cookie), record) = match (tuple, taken) {
+            (Ok(tuple), Ok((checked, record))) => (tuple, checked, record),
+            (tuple, Err(reason)) | (tuple @ Err(reason), _) => {
+                let room = tuple.ok().filter(|_| owner.declined.len() < RECORDS as usize);
+                let before = room.and_then(|tuple| owner.declined.insert(tuple, reason));
+                // What is found is asked for time and again.
+                if !found || before != Some(reason) {
+                    self.registry.totals.decline(reason);
                 }
                 return Err(reason);
             }
@@ -276,19 +281,18 @@ impl Agent {
         owner.declined.remove(&tuple);
         if let Some(state) = owner.records.record(record) {
             if found {
-                state.init_after(&past.unwrap_or_default(), moved, connector);
+                state.init_after(past, moved, connector);
             } else {
                 state.init(moved.0, moved.1, connector);
             }
         }
         let course = match past {
             Some(past) => Course::resumed(past.generation, self.now),
-            None if found => Course::of_unknown_past(self.now),
-            None => Course::new(self.now),
+            None => Course::of_unknown_past(0, self.now),
         };
-        self.registry.given.remove(cookie);
-        self.insert(Conn::new(program, record, from, tuple, cookie, course));
-        Ok((record, past.unwrap_or_default()))
+        let conn = Conn::new(program, record, from, tuple, cookie, course);
+        self.insert(Conn { past, ..conn });
+        Ok((record, past))
     }
 
     /// A connection has a record, and is to be opened.
@@ -582,6 +586,7 @@ impl Conn {
             ending: None,
             parting: None,
             parted: false,
+            past: None,
             first_lane: None,
             counted: 0,
         }

@@ -1,7 +1,7 @@
 //! Connections that a program has found: inherited by its execution, or received with a message. They were brought back to TCP for
-//! whoever else may hold them, and come to a lane again when nobody does. Who does is looked up in `/proc`, as far as this agent may
-//! look: what it may not see, it takes for held, unless that is a process with more privileges than its own, as the guest's first may
-//! be. A descriptor that is under way in a message is seen nowhere.
+//! whoever else may hold them, and come to a lane again when nobody does: when there is one descriptor of them in all. `/proc` tells,
+//! as far as this agent may look: what it may not see, it takes for held, but for the first process of all. A descriptor that is under
+//! way in a message is seen nowhere.
 
 use super::Agent;
 use crate::holding;
@@ -9,9 +9,11 @@ use crate::record::Past;
 use rustix::fd::OwnedFd;
 use rustix::net::sockopt::socket_cookie;
 use std::fs;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use vsocket_channel::reason::Reason;
 
+/// A look ends here, and what was looked for stays on TCP: nothing else is done meanwhile.
+const MOST: Duration = Duration::from_millis(20);
 /// After a look, so many times as long as it took pass before the next: where many processes hold many descriptors, it is dear.
 const REST: u32 = 50;
 
@@ -32,37 +34,38 @@ impl Agent {
         }
         let Some(holder) = self.registry.holders.get(&from) else { return Err(Reason::Ending) };
         let began = Instant::now();
-        let alone = u32::try_from(holder.pid).is_ok_and(|pid| is_held_only_by(pid, fd));
+        // Of a process in a namespace that is not seen from here, its descriptors are not seen either.
+        let alone = holder.pid != 0 && is_held_once(fd);
         self.looks_from = Some(self.now + began.elapsed() * REST);
         if alone { Ok(past.flatten()) } else { Err(Reason::HeldByOthers) }
     }
 }
 
-/// Whether the process with this number has the socket, and no other but this one.
-fn is_held_only_by(pid: u32, socket: &OwnedFd) -> bool {
+/// Whether there is one descriptor of the socket, beside those of this process.
+fn is_held_once(socket: &OwnedFd) -> bool {
     let Some(name) = holding::name(socket) else { return false };
-    let Ok(processes) = fs::read_dir("/proc") else { return false };
-    let numbers = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let mut its = false;
-    for number in numbers.filter(|number| *number != std::process::id()) {
-        match holding::holds(number, &name) {
-            Some(true) if number == pid => its = true,
-            Some(false) => {}
-            None if is_above(number) => {}
-            _ => return false,
+    // Where other users' processes are hidden, so is the first.
+    let (Ok(processes), true) = (fs::read_dir("/proc"), fs::exists("/proc/1").unwrap_or(false)) else {
+        return false;
+    };
+    let began = Instant::now();
+    let mut links = 0;
+    for entry in processes {
+        let Ok(entry) = entry else { return false };
+        let Some(number) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        if number == std::process::id() {
+            continue;
+        }
+        match holding::count(number, &name, || began.elapsed() < MOST) {
+            Some(more) => links += more,
+            // It may have more privileges than any other, and runs no program of ours.
+            None if number == 1 && began.elapsed() < MOST => {}
+            None => return false,
         }
     }
-    its
-}
-
-/// Whether a process has capabilities that this one has not: no program that we serve, nor a child of one.
-fn is_above(pid: u32) -> bool {
-    let permitted = |pid: &str| {
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-        let line = status.lines().find_map(|line| line.strip_prefix("CapPrm:"))?;
-        u64::from_str_radix(line.trim(), 16).ok()
-    };
-    permitted(&pid.to_string()).zip(permitted("self")).is_some_and(|(its, ours)| its & !ours != 0)
+    links == 1
 }
 
 #[cfg(test)]
@@ -70,7 +73,6 @@ mod tests {
     use super::*;
     use std::net::{TcpListener, TcpStream};
     use std::process::{Child, Command, Stdio};
-    use std::time::Duration;
 
     /// A process that has the connection as its standard input.
     fn other(connection: &TcpStream) -> Child {
@@ -96,15 +98,22 @@ mod tests {
             child.kill().unwrap();
             child.wait().unwrap();
         };
+        // This process is not counted: as an agent, it has what it is asked about.
+        assert!(comes_true(|| !is_held_once(&ours)), "by nobody else");
         let first = other(&near);
-        let pid = first.id();
-        assert!(comes_true(|| is_held_only_by(pid, &ours)));
-        assert!(!is_held_only_by(1, &ours), "the first process has it");
+        assert!(comes_true(|| is_held_once(&ours)));
         let second = other(&near);
-        assert!(!is_held_only_by(pid, &ours), "the second has it as well");
+        assert!(comes_true(|| !is_held_once(&ours)), "the second has it as well");
         ends(second);
-        assert!(comes_true(|| is_held_only_by(pid, &ours)));
+        assert!(comes_true(|| is_held_once(&ours)));
         ends(first);
-        assert!(!is_held_only_by(pid, &ours), "it has gone");
+        let twice = Command::new("sleep")
+            .arg("60")
+            .stdin(OwnedFd::from(near.try_clone().unwrap()))
+            .stdout(OwnedFd::from(near.try_clone().unwrap()))
+            .spawn()
+            .unwrap();
+        assert!(comes_true(|| !is_held_once(&ours)), "by one, under two numbers");
+        ends(twice);
     }
 }

@@ -8,7 +8,7 @@ use crate::endpoint::Endpoint;
 use crate::lane::Violation;
 use crate::memory::{Bound, Records, Ringers, Slab};
 use crate::post::{Parcel, Post};
-use crate::record::{RECORDS, Record, status};
+use crate::record::{Past, RECORDS, Record, status};
 use rustix::event::EventfdFlags;
 use rustix::fd::{AsFd, OwnedFd};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
@@ -198,6 +198,8 @@ pub struct Conn {
     pub parting: Option<Parting>,
     /// It was: nothing of its end is ours.
     pub parted: bool,
+    /// What its stays had left behind when it got its record, if that is known.
+    pub past: Option<Past>,
     /// The first lane that it was on.
     pub first_lane: Option<Lane>,
     /// Reasons that were counted, a bit each.
@@ -475,21 +477,26 @@ mod tests {
 
     #[test]
     fn memory_that_may_become_shorter_is_not_taken_over() {
+        use crate::record::{RECORDS_LAYOUT, RecordsHeader};
         use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let memory = |len: usize, seals| {
+        let of_layout = |layout: u32, len: usize, seals| {
             let fd = memfd_create("records", flags).unwrap();
             ftruncate(&fd, len as u64).unwrap();
+            let at = std::mem::offset_of!(RecordsHeader, layout) as u64;
+            rustix::io::pwrite(&fd, &layout.to_ne_bytes(), at).unwrap();
             fcntl_add_seals(&fd, seals).unwrap();
             fd
         };
         let both = SealFlags::SHRINK | SealFlags::GROW;
+        let memory = |len, seals| of_layout(RECORDS_LAYOUT, len, seals);
         let len = Record::memory_len();
         let taken = |memory: OwnedFd| {
             let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap();
             Program::resumed(0, 0, [memory, bell]).is_ok()
         };
         assert!(taken(memory(len, both)));
+        assert!(!taken(of_layout(RECORDS_LAYOUT - 1, len, both)), "made by an older agent");
         assert!(!taken(memory(len, SealFlags::GROW)) && !taken(memory(len, SealFlags::SHRINK)));
         assert!(!taken(memory(len - 4096, both)) && !taken(memory(len + 4096, both)));
         let (pipe, _) = std::io::pipe().unwrap();

@@ -40,6 +40,7 @@ impl Agent {
             return false;
         };
         let connector = state.connector.load(Ordering::Relaxed) != 0;
+        let unknown = state.unknown.load(Ordering::Relaxed) != 0;
         let checked = kernel::tuple(fd).map_err(|_| Reason::NotEstablished);
         let checked = checked.and_then(|tuple| Ok((tuple, self.check(fd, (0, 0), connector, false)?)));
         let Some(owner) = self.registry.programs.get_mut(&program) else { return false };
@@ -48,7 +49,12 @@ impl Agent {
                 debug!(program, record, last, "resumed");
                 owner.reserved.remove(&record);
                 owner.declined.remove(&tuple);
-                self.insert(Conn::new(program, record, from, tuple, cookie, Course::resumed(last, self.now)));
+                let course = if unknown {
+                    Course::of_unknown_past(last, self.now)
+                } else {
+                    Course::resumed(last, self.now)
+                };
+                self.insert(Conn::new(program, record, from, tuple, cookie, course));
             }
             // It stays on TCP, and its record is its own until it is closed.
             Err(reason) => {

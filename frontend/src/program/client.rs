@@ -10,7 +10,6 @@ use super::table::{self, Slot};
 use super::wait;
 use super::wait::clock;
 use crate::carrier::{Carrier, Packet};
-use crate::kernel;
 use crate::memory::{Bound, Records, Ringers, Slab};
 use crate::record::Past;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -26,6 +25,7 @@ use vsocket_channel::reason::Reason;
 
 mod outbox;
 mod resuming;
+mod tracking;
 
 /// Environment variable that names the agent's socket.
 pub const AGENT_VARIABLE: &str = "VSOCKET_AGENT";
@@ -65,7 +65,7 @@ struct Client {
     /// Opened descriptors and their epochs, by handle.
     opening: HashMap<u64, (i32, u32)>,
     /// Opened descriptors, by handle, and their records, which a call in the kernel has kept from getting them so far.
-    granted: Vec<(u64, u32, Past)>,
+    granted: Vec<(u64, u32, Option<Past>)>,
     /// What the agent's socket has not taken so far.
     outbox: RefCell<VecDeque<Message>>,
     next_handle: u64,
@@ -173,14 +173,25 @@ fn look_now_and_then() {
 }
 
 /// After a call has sent, with what it sent: as [`tell_left`]. Nothing comes by the ring to who only sends, so it looks as well
-/// whether its agent is alive.
+/// whether its agent is alive. Not to be called by who holds a set's lock.
 #[inline]
 pub fn tell_sent(conn: &Conn, bytes: usize) {
+    tell_left(conn);
     let now = conn.record().tx_off.load(Ordering::Relaxed);
     if now >> LOOK_SHIFT != now.wrapping_sub(bytes as u64) >> LOOK_SHIFT {
-        resuming::due_now();
+        look();
     }
-    tell_left(conn);
+}
+
+#[cold]
+fn look() {
+    let _within = cancel::Within::now();
+    // Who has it taken looks, or the next one does.
+    if let Ok(mut guard) = CLIENT.try_lock() {
+        if let Some(client) = guard.as_mut() {
+            client.read();
+        }
+    }
 }
 
 /// The process has locked itself into a sandbox of system calls.
@@ -387,35 +398,6 @@ impl Client {
         false
     }
 
-    fn track(&mut self, fd: i32, slot: &'static Slot) {
-        // SAFETY: the application's descriptor, in a call on it.
-        let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
-        if kernel::tuple(anchor).is_err() {
-            slot.leave_alone();
-            return;
-        }
-        let connector = slot.connector();
-        if slot.is_found() || slot.is_copied() {
-            // Before the agent looks who else holds it: whoever did has moved its last by then.
-            let Some(counters) = slot.adopt(|| kernel::counters(anchor, connector)) else { return };
-            let Ok(Some(counters)) = counters else { return slot.again() };
-            if slot.moved() != (counters.tx, counters.rx) {
-                slot.becomes_found();
-                slot.recount(counters.tx, counters.rx);
-            }
-        }
-        let found = slot.is_found();
-        let handle = self.next_handle;
-        let (tx, rx) = slot.moved();
-        let message = Message::Track { handle, tx, rx, connector, found };
-        if self.tell_now(&message, &[anchor]) {
-            self.next_handle += 1;
-            self.opening.insert(handle, (fd, slot.epoch.load(Ordering::Relaxed)));
-            slot.phase.store(table::OPENING, Ordering::Release);
-            epoll::watch_control(fd);
-        }
-    }
-
     fn tell_left(&self, conn: &Conn, generation: u32) {
         if conn.left.swap(generation, Ordering::AcqRel) == generation {
             return;
@@ -480,8 +462,8 @@ impl Client {
                 WORTH_ROUNDS.store(threshold_rounds, Ordering::Relaxed);
                 self.attached(program, fds);
             }
-            Ok(Message::Tracked { handle, record, generation, ahead_tx, ahead_rx }) => {
-                self.tracked(handle, record, Past { ahead_tx, ahead_rx, generation });
+            Ok(Message::Tracked { handle, record, known, generation, ahead_tx, ahead_rx }) => {
+                self.tracked(handle, record, known.then_some(Past { ahead_tx, ahead_rx, generation }));
             }
             Ok(Message::Declined { conn: handle, reason }) => self.declined(handle, reason),
             Ok(Message::Prepare { conn, generation, segment }) => {
@@ -535,64 +517,6 @@ impl Client {
         std::mem::forget(shared.clone());
         MAIL.store(mail, Ordering::Release);
         self.shared = Some(shared);
-    }
-
-    fn tracked(&mut self, handle: u64, record: u32, past: Past) {
-        let Some((fd, epoch)) = self.opening.remove(&handle) else { return };
-        let slot = table::slot(fd).filter(|s| {
-            s.epoch.load(Ordering::Relaxed) == epoch && s.phase.load(Ordering::Relaxed) == table::OPENING
-        });
-        let (Some(slot), Some(shared)) = (slot, self.shared.clone()) else {
-            self.tell(Message::Closed { record });
-            return;
-        };
-        if !kin::is_alone(fd, slot) {
-            // Forked while it was asked for.
-            self.tell(Message::Closed { record });
-            return slot.again();
-        }
-        let made = slot.adopt(|| {
-            let conn = Conn::make(fd, record, &shared)?;
-            let (tx, rx) = slot.moved();
-            if slot.is_found() {
-                conn.record().init_after(&past, (tx, rx), slot.connector());
-            } else {
-                conn.record().init(tx, rx, slot.connector());
-            }
-            conn.attended.store(self.attachment, Ordering::Release);
-            slot.hold(conn.clone());
-            Some(conn)
-        });
-        match made {
-            Some(Some(conn)) => {
-                epoll::hold(fd, &conn);
-                self.conns.insert(record, conn);
-            }
-            Some(None) => {
-                self.tell(Message::Closed { record });
-                slot.phase.store(table::WANTED, Ordering::Release);
-            }
-            None => {
-                // Another thread's call is inside the kernel, and does not wait there: in a moment.
-                self.opening.insert(handle, (fd, epoch));
-                self.granted.push((handle, record, past));
-                resuming::due_in(resuming::LATER);
-            }
-        }
-    }
-
-    fn declined(&mut self, handle: u64, reason: Reason) {
-        let Some((fd, epoch)) = self.opening.remove(&handle) else { return };
-        let Some(slot) = table::slot(fd).filter(|s| s.epoch.load(Ordering::Relaxed) == epoch) else { return };
-        let passes = matches!(reason, Reason::Busy | Reason::HeldByOthers | Reason::TupleTaken);
-        if slot.is_found() && passes {
-            // Whoever had it closes it in a moment, or goes on with it.
-            slot.again();
-        } else if reason == Reason::Busy {
-            slot.phase.store(table::WANTED, Ordering::Release);
-        } else {
-            slot.leave_alone();
-        }
     }
 
     fn prepare(&mut self, conn: u64, generation: u32, segment: &Segment, fds: Vec<OwnedFd>) {

@@ -1,4 +1,4 @@
-//! Before a program is executed: the connections that it inherits go back to TCP, for good. With or without this library, it
+//! Before a program is executed: the connections that it inherits go back to TCP. With or without this library, it
 //! finds plain sockets. With it, they are its own to bring to a lane ([`found`](super::found)).
 //!
 //! Which they are is asked of the kernel, as this may be a child that shares its parent's memory (`vfork`) but not its
@@ -38,7 +38,10 @@ pub fn before(actions: &[Action]) {
         return;
     }
     let foreign = fork::is_foreign();
-    let ours = |fd: &i32| foreign || table::followed(*fd).is_some();
+    // One that was found and is not opened is the kernel's, and is looked at before it is.
+    let concerns =
+        |slot: &table::Slot| !slot.is_found() || slot.phase.load(Ordering::Relaxed) >= table::OPENING;
+    let ours = |fd: &i32| foreign || table::followed(*fd).is_some_and(concerns);
     let open: BTreeMap<i32, bool> = descriptors().into_iter().filter(|(fd, _)| ours(fd)).collect();
     let inherited: Vec<i32> = inherited(open, actions).into_iter().filter(|fd| is_connection(*fd)).collect();
     if !inherited.is_empty() {

@@ -8,48 +8,68 @@
 //!
 //! [`HeldByOthers`]: vsocket_channel::reason::Reason::HeldByOthers
 
-use super::socket::{before_close, duplicated, is_followed};
-use super::table;
+use super::socket::{self, before_close, duplicated, is_followed};
+use super::{client, table};
 use crate::kernel;
 use rustix::fd::BorrowedFd;
+use rustix::fs::FileType;
 use std::sync::atomic::{AtomicBool, Ordering};
+use vsocket_channel::reason::Reason;
 
 /// The first number that is no standard stream's.
 const FIRST: i32 = 3;
+/// Programs are executed with few descriptors, and those stand first.
+const LAST: i32 = 256;
 
 /// A set of another process has come.
 static STRANGE_SET: AtomicBool = AtomicBool::new(false);
 
-/// When the library is loaded: what the program has inherited.
+/// When the library is loaded: what the program has inherited. It asks with no call that the loader has not made before, unless
+/// there is something: the program may have been executed in a sandbox.
 pub fn at_load() {
-    let names = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
-    let numbers = names.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let inherited: Vec<i32> = numbers.filter(|fd| *fd >= FIRST).collect();
-    inherited.iter().for_each(|fd| look_for_set(*fd));
-    inherited.iter().for_each(|fd| follow(*fd));
+    let sockets: Vec<i32> = (FIRST..LAST).filter(|fd| look(*fd) == Some(FileType::Socket)).collect();
+    sockets.iter().for_each(|fd| follow(*fd));
 }
 
 /// A descriptor came with a message: if it is a connection that this process has, it is one more number for it.
 pub fn passed(fd: i32) {
+    if client::is_confined() {
+        return;
+    }
     if is_followed(fd) {
         // The number was closed behind our back.
         before_close(fd);
     }
+    if look(fd) != Some(FileType::Socket) {
+        return;
+    }
     // SAFETY: the application's descriptor, which it has just received.
     let cookie = |fd| rustix::net::sockopt::socket_cookie(unsafe { BorrowedFd::borrow_raw(fd) }).ok();
-    let Some(wanted) = cookie(fd) else { return look_for_set(fd) };
-    let known = table::all().filter(|(old, _)| *old != fd).find(|(old, _)| cookie(*old) == Some(wanted));
-    match known {
-        Some((old, _)) => duplicated(old, fd),
+    let Some(wanted) = cookie(fd) else { return };
+    let held = table::all().filter(|(_, slot)| !slot.conn_ptr().is_null());
+    let old = held.map(|(old, _)| old).find(|old| *old != fd && cookie(*old) == Some(wanted));
+    match old {
+        Some(old) => duplicated(old, fd),
         None => follow(fd),
     }
 }
 
-fn look_for_set(fd: i32) {
-    let what = std::fs::read_link(format!("/proc/self/fd/{fd}"));
-    if what.is_ok_and(|what| what.as_os_str() == "anon_inode:[eventpoll]") {
-        STRANGE_SET.store(true, Ordering::Relaxed);
+/// What a descriptor is, if it is one. A set of `epoll` ends the following of what was found.
+fn look(fd: i32) -> Option<FileType> {
+    // SAFETY: only asked about; a number that is not open gives EBADF.
+    let what = rustix::fs::fstat(unsafe { BorrowedFd::borrow_raw(fd) }).ok()?;
+    let kind = FileType::from_raw_mode(what.st_mode);
+    // Files that are only the kernel's have no type.
+    if kind == FileType::Unknown {
+        let name = std::fs::read_link(format!("/proc/self/fd/{fd}"));
+        if name.is_ok_and(|name| name.as_os_str() == "anon_inode:[eventpoll]") {
+            STRANGE_SET.store(true, Ordering::Relaxed);
+            let found: Vec<i32> =
+                table::all().filter(|(_, slot)| slot.is_found()).map(|(fd, _)| fd).collect();
+            socket::give(&found, Reason::Passed);
+        }
     }
+    Some(kind)
 }
 
 /// Begins to follow a descriptor, if it is a connection of TCP whose counters tell what has become of it.
@@ -59,7 +79,8 @@ fn follow(fd: i32) {
     }
     // SAFETY: a descriptor that this process has just got; of another that has come in its place the same is asked.
     let socket = unsafe { BorrowedFd::borrow_raw(fd) };
-    let Some(slot) = table::slot(fd).filter(|_| kernel::tuple(socket).is_ok()) else { return };
+    let is_connection = kernel::tuple(socket).is_ok() && kernel::is_as_new(socket);
+    let Some(slot) = table::slot(fd).filter(|_| is_connection) else { return };
     if let Ok(Some(connector)) = kernel::is_connector(socket) {
         slot.follow_found(connector);
     }

@@ -117,7 +117,7 @@ pub fn is_alone(fd: i32, slot: &Slot) -> bool {
 fn holds(pid: u32, fd: i32) -> bool {
     // SAFETY: only its name is asked for.
     let name = holding::name(unsafe { BorrowedFd::borrow_raw(fd) });
-    name.is_none_or(|name| holding::holds(pid, &name) != Some(false))
+    name.is_none_or(|name| holding::count(pid, &name, || true) != Some(0))
 }
 
 #[cfg(test)]

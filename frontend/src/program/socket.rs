@@ -189,10 +189,10 @@ fn raw<T>(slot: &Slot, direction: u8, call: impl FnOnce() -> Result<usize, T>) -
         return None;
     }
     let got = call();
-    slot.leave();
     if let Ok(n) = &got {
         slot.count(direction, *n as u64);
     }
+    slot.leave();
     Some(got)
 }
 

@@ -17,6 +17,9 @@ pub const OPENING: u8 = 3;
 /// Has a connection object.
 pub const HELD: u8 = 4;
 
+/// What a connection is to prove is doubled no more often.
+const MOST_REFUSED: u8 = 10;
+
 /// What is known of one descriptor number.
 #[repr(align(64))]
 pub struct Slot {
@@ -43,6 +46,8 @@ pub struct Slot {
     rx: AtomicU64,
     /// What had moved when it was last found not to be ours alone.
     since: AtomicU64,
+    /// How often the agent has refused it for now.
+    refused: AtomicU8,
     /// Who else may hold it: see [`super::kin`].
     pub kin: AtomicU32,
     conn: AtomicPtr<Conn>,
@@ -130,6 +135,7 @@ impl Slot {
             tx: AtomicU64::new(0),
             rx: AtomicU64::new(0),
             since: AtomicU64::new(0),
+            refused: AtomicU8::new(0),
             kin: AtomicU32::new(0),
             conn: AtomicPtr::new(std::ptr::null_mut()),
             epoll: AtomicPtr::new(std::ptr::null_mut()),
@@ -147,6 +153,8 @@ impl Slot {
     }
 
     fn follow_as(&self, connector: bool, found: bool) {
+        self.forget_mode();
+        self.refused.store(0, Ordering::Relaxed);
         self.strange.store(u8::from(found), Ordering::Relaxed);
         for word in [&self.tx, &self.rx, &self.since] {
             word.store(0, Ordering::Relaxed);
@@ -204,10 +212,17 @@ impl Slot {
         self.phase.store(COUNTED, Ordering::Release);
     }
 
+    /// As [`again`](Self::again), and it is to prove it by twice as much as the time before.
+    pub fn refused(&self) {
+        let times = self.refused.load(Ordering::Relaxed);
+        self.refused.store((times + 1).min(MOST_REFUSED), Ordering::Relaxed);
+        self.again();
+    }
+
     /// Bytes that count towards its being worth it.
     pub fn shown(&self) -> u64 {
         let (tx, rx) = self.moved();
-        tx + rx - self.since.load(Ordering::Relaxed).min(tx + rx)
+        (tx + rx - self.since.load(Ordering::Relaxed).min(tx + rx)) >> self.refused.load(Ordering::Relaxed)
     }
 
     /// Stops following; the connection object, if there was one.
@@ -237,15 +252,15 @@ impl Slot {
         let _ = self.strange.compare_exchange(0, 2, Ordering::Relaxed, Ordering::Relaxed);
     }
 
-    /// Another process has moved bytes of it, and has gone: it is as one that was found.
-    pub fn becomes_found(&self) {
+    /// The kernel has counted all that was moved, by whomever: from here on it is counted on, while no call is inside the kernel.
+    /// Where another process has moved something, it is as one that was found.
+    pub fn recount(&self, moved: (u64, u64)) {
+        if self.moved() == moved {
+            return;
+        }
         self.strange.store(1, Ordering::Relaxed);
-    }
-
-    /// The kernel has counted all that was moved, by whomever: from here on it is counted on.
-    pub fn recount(&self, tx: u64, rx: u64) {
-        self.tx.store(tx, Ordering::Relaxed);
-        self.rx.store(rx, Ordering::Relaxed);
+        self.tx.store(moved.0, Ordering::Relaxed);
+        self.rx.store(moved.1, Ordering::Relaxed);
     }
 
     /// Bytes sent and received while the descriptor was counted.
@@ -255,7 +270,7 @@ impl Slot {
 
     /// Times the direction of travel turned.
     pub fn turns(&self) -> u32 {
-        self.turns.load(Ordering::Relaxed)
+        self.turns.load(Ordering::Relaxed) >> self.refused.load(Ordering::Relaxed)
     }
 
     /// Calls inside the kernel.

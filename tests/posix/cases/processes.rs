@@ -70,12 +70,16 @@ fn echo(fd: c_int) -> c_int {
     }
 }
 
-/// A process that has the connection as a descriptor which is no standard stream's, and returns what comes.
-fn echoing(p: &Pair) -> std::process::Child {
-    let twin = sys::fcntl(p.near, libc::F_DUPFD, 500).0 as c_int;
+/// A process that has the connection as a descriptor which is no standard stream's, or as several, and returns what comes.
+fn echoing(p: &Pair, numbers: usize) -> std::process::Child {
+    let more: Vec<Ret> = (1..numbers).map(|_| sys::fcntl(p.near, libc::F_DUPFD, 100)).collect();
+    let twin = sys::fcntl(p.near, libc::F_DUPFD, 100).0 as c_int;
     let exe = std::env::current_exe().expect("a program knows where it is");
     let child = std::process::Command::new(exe).args(["child", "echo", "0", &twin.to_string()]).spawn();
     sys::close(twin);
+    more.iter().for_each(|fd| {
+        sys::close(fd.0 as c_int);
+    });
     child.expect("this program runs")
 }
 
@@ -604,13 +608,19 @@ pub fn group() -> Group {
         exchange(p);
     });
     group.case("7.16", "exec/the new program alone comes to a lane", |p| {
-        let child = echoing(p);
+        let child = echoing(p, 1);
         p.call("close", sys::close(p.near));
         p.near = -1;
         goes_on_there(p, child, true);
     });
+    inherits(group.case("7.16", "exec/the new program has it under two numbers", |p| {
+        let child = echoing(p, 2);
+        p.call("close", sys::close(p.near));
+        p.near = -1;
+        goes_on_there(p, child, false);
+    }));
     inherits(group.case("7.16", "exec/the new program and this one go on", |p| {
-        let child = echoing(p);
+        let child = echoing(p, 1);
         goes_on_there(p, child, false);
         goes_on_here(p);
     }));
