@@ -32,7 +32,7 @@ def say(*words):
 
 
 def message(kind, body=b""):
-    return (HEAD.pack(b"VSK\0", 1, kind) + body).ljust(128, b"\0")
+    return (HEAD.pack(b"VSK\0", 2, kind) + body).ljust(128, b"\0")
 
 
 def echo(end, first):
@@ -76,7 +76,7 @@ def serve_front(front):
         if not data:
             return say("front gone")
         magic, version, kind = HEAD.unpack_from(data)
-        assert (len(data), magic, version) == (128, b"VSK\0", 1), data
+        assert (len(data), magic, version) == (128, b"VSK\0", 2), data
         body = data[HEAD.size :]
         if kind == HELLO:
             pid, cid = struct.unpack_from("<IQ", body)

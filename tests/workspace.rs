@@ -29,6 +29,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("frontend/src/record.rs", "robust locks and records in memory shared by program and agent"),
     ("frontend/src/program/cancel.rs", "pthread_setcancelstate, which no safe crate has"),
     ("frontend/src/program/client.rs", "descriptors that the application must not see and may close"),
+    ("frontend/src/program/client/tracking.rs", "descriptors that belong to the application"),
     ("frontend/src/program/conn.rs", "a connection's objects outlive the descriptors that name them"),
     ("frontend/src/program/epoll.rs", "C structures of epoll, and descriptors of the application"),
     ("frontend/src/program/epoll/nested.rs", "sets in sets, by the application's descriptors"),

@@ -121,16 +121,17 @@ pub fn is_connector(fd: impl AsFd) -> io::Result<Option<bool>> {
 }
 
 /// Whether what another process has done with a connection is only to move bytes: it is TCP by itself, without a protocol on top
-/// (`TCP_ULP`, as kTLS), receives what comes (`SO_RCVLOWAT`), and is not shut.
+/// (`TCP_ULP`, as kTLS), receives what comes (`SO_RCVLOWAT`), has nothing urgent, and is not shut.
 pub fn is_as_new(fd: BorrowedFd<'_>) -> bool {
     use rustix::net::{ipproto, sockopt};
-    let rdhup = rustix::event::PollFlags::RDHUP;
-    let mut one = [rustix::event::PollFd::from_borrowed_fd(fd, rdhup)];
+    let flags = rustix::event::PollFlags::RDHUP | rustix::event::PollFlags::PRI;
+    let mut one = [rustix::event::PollFd::from_borrowed_fd(fd, flags)];
     let zero = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+    let quiet = rustix::io::retry_on_intr(|| rustix::event::poll(&mut one, Some(&zero))) == Ok(0);
     sockopt::socket_protocol(fd) == Ok(Some(ipproto::TCP))
         && int_option(fd, libc::IPPROTO_TCP, libc::TCP_ULP).is_none_or(|(len, _)| len == 0)
         && int_option(fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT) == Some((4, 1))
-        && rustix::event::poll(&mut one, Some(&zero)) == Ok(0)
+        && quiet
 }
 
 /// A socket option of up to four bytes, and how many it has; `None`: the kernel does not know it.

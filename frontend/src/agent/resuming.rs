@@ -12,6 +12,7 @@ use crate::record::RECORDS;
 use rustix::fd::OwnedFd;
 use std::io;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 use tracing::{debug, warn};
 use vsocket_channel::reason::Reason;
 
@@ -40,6 +41,7 @@ impl Agent {
             return false;
         };
         let connector = state.connector.load(Ordering::Relaxed) != 0;
+        let past = state.past(Duration::from_millis(1));
         let unknown = state.unknown.load(Ordering::Relaxed) != 0;
         let checked = kernel::tuple(fd).map_err(|_| Reason::NotEstablished);
         let checked = checked.and_then(|tuple| Ok((tuple, self.check(fd, (0, 0), connector, false)?)));
@@ -54,7 +56,7 @@ impl Agent {
                 } else {
                     Course::resumed(last, self.now)
                 };
-                self.insert(Conn::new(program, record, from, tuple, cookie, course));
+                self.insert(Conn { past, ..Conn::new(program, record, from, tuple, cookie, course) });
             }
             // It stays on TCP, and its record is its own until it is closed.
             Err(reason) => {

@@ -17,7 +17,7 @@ use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 use vsocket_channel::layout::BELLS;
 use vsocket_channel::message::{Message, Segment};
@@ -298,40 +298,32 @@ pub fn tell_left(conn: &Conn) {
     }
 }
 
+type Guard = MutexGuard<'static, Option<Client>>;
+
+thread_local! {
+    /// The conversation, while this thread forks: the child would find it taken for good by a thread that it has not.
+    static FORKING: RefCell<Option<Guard>> = const { RefCell::new(None) };
+}
+
 /// Before a fork: a control connection for the child, which shares the parent's connections.
 pub fn before_fork() -> Option<Carrier> {
     let mut guard = CLIENT.lock().ok()?;
-    let client = guard.as_mut()?;
-    if client.conns.is_empty() {
-        return None;
-    }
-    wait::shared_by_fork();
-    client.read();
-    if !client.answered {
-        // What two processes have is brought to no other agent.
-        client.forget_agent();
-        return None;
-    }
-    let carrier = Carrier::connect(agent_path()).ok()?;
-    carrier.send(&Message::Attach { pid: std::process::id(), inherit: client.program }, &[]).ok()?;
-    Some(carrier)
+    let carrier = guard.as_mut().and_then(Client::before_fork);
+    FORKING.with(|forking| forking.replace(Some(guard)));
+    carrier
+}
+
+/// In the parent.
+pub fn forked() {
+    drop(FORKING.with(RefCell::take));
 }
 
 /// In the child: goes on with its own control connection.
 pub fn after_fork(carrier: Option<Carrier>) {
-    let Ok(mut guard) = CLIENT.try_lock() else { return };
-    let Some(client) = guard.as_mut() else { return };
-    client.pid = std::process::id();
-    client.opening.clear();
-    // The parent says that, and does that.
-    client.outbox.get_mut().clear();
-    client.granted.clear();
-    let Some(carrier) = carrier else {
-        // The child attaches anew when it has something to open.
-        return client.forget_agent();
-    };
-    set_control(raw(&carrier));
-    client.carrier = Some(carrier);
+    let Some(mut guard) = FORKING.with(RefCell::take) else { return };
+    if let Some(client) = guard.as_mut() {
+        client.after_fork(carrier);
+    }
 }
 
 fn raw(fd: impl AsFd) -> i32 {
@@ -396,6 +388,36 @@ impl Client {
             epoll::watch_next_control();
         }
         false
+    }
+
+    fn before_fork(&mut self) -> Option<Carrier> {
+        if self.conns.is_empty() {
+            return None;
+        }
+        wait::shared_by_fork();
+        self.read();
+        if !self.answered {
+            // What two processes have is brought to no other agent.
+            self.forget_agent();
+            return None;
+        }
+        let carrier = Carrier::connect(agent_path()).ok()?;
+        carrier.send(&Message::Attach { pid: std::process::id(), inherit: self.program }, &[]).ok()?;
+        Some(carrier)
+    }
+
+    fn after_fork(&mut self, carrier: Option<Carrier>) {
+        self.pid = std::process::id();
+        self.opening.clear();
+        // The parent says that, and does that.
+        self.outbox.get_mut().clear();
+        self.granted.clear();
+        let Some(carrier) = carrier else {
+            // The child attaches anew when it has something to open.
+            return self.forget_agent();
+        };
+        set_control(raw(&carrier));
+        self.carrier = Some(carrier);
     }
 
     fn tell_left(&self, conn: &Conn, generation: u32) {

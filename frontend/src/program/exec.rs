@@ -38,12 +38,17 @@ pub fn before(actions: &[Action]) {
         return;
     }
     let foreign = fork::is_foreign();
-    // One that was found and is not opened is the kernel's, and is looked at before it is.
-    let concerns =
-        |slot: &table::Slot| !slot.is_found() || slot.phase.load(Ordering::Relaxed) >= table::OPENING;
-    let ours = |fd: &i32| foreign || table::followed(*fd).is_some_and(concerns);
+    let ours = |fd: &i32| foreign || table::followed(*fd).is_some();
     let open: BTreeMap<i32, bool> = descriptors().into_iter().filter(|(fd, _)| ours(fd)).collect();
-    let inherited: Vec<i32> = inherited(open, actions).into_iter().filter(|fd| is_connection(*fd)).collect();
+    let mut inherited = inherited(open, actions);
+    if !foreign {
+        // What is not opened is in the kernel's socket, and is looked at again before it is.
+        inherited.retain(|fd| {
+            let slot = table::followed(*fd).filter(|slot| slot.conn_ptr().is_null());
+            slot.inspect(|slot| slot.give_away()).is_none()
+        });
+    }
+    inherited.retain(|fd| is_connection(*fd));
     if !inherited.is_empty() {
         hand_over(&inherited, Reason::Inherited);
     }

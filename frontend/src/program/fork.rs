@@ -18,6 +18,7 @@ extern "C" fn before() {
 }
 
 extern "C" fn in_parent() {
+    client::forked();
     if let Ok(mut pending) = PENDING.lock() {
         *pending = None;
     }

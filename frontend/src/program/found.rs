@@ -24,28 +24,36 @@ const LAST: i32 = 256;
 /// A set of another process has come.
 static STRANGE_SET: AtomicBool = AtomicBool::new(false);
 
-/// When the library is loaded: what the program has inherited. It asks with no call that the loader has not made before, unless
-/// there is something: the program may have been executed in a sandbox.
+/// When the library is loaded: what the program has inherited. It asks for the kinds of descriptors, as the loader does, and for more
+/// only if there is a socket: the program may have been executed in a sandbox.
 pub fn at_load() {
     let sockets: Vec<i32> = (FIRST..LAST).filter(|fd| look(*fd) == Some(FileType::Socket)).collect();
+    if sockets.is_empty() {
+        return;
+    }
+    let names = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let numbers = names.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    numbers.filter(|fd| *fd >= LAST).for_each(|fd| {
+        look(fd);
+    });
     sockets.iter().for_each(|fd| follow(*fd));
 }
 
 /// A descriptor came with a message: if it is a connection that this process has, it is one more number for it.
 pub fn passed(fd: i32) {
-    if client::is_confined() {
-        return;
-    }
     if is_followed(fd) {
         // The number was closed behind our back.
         before_close(fd);
     }
-    if look(fd) != Some(FileType::Socket) {
-        return;
-    }
     // SAFETY: the application's descriptor, which it has just received.
     let cookie = |fd| rustix::net::sockopt::socket_cookie(unsafe { BorrowedFd::borrow_raw(fd) }).ok();
-    let Some(wanted) = cookie(fd) else { return };
+    if !table::has_followed() && client::is_confined() {
+        return;
+    }
+    let Some(wanted) = cookie(fd) else {
+        look(fd);
+        return;
+    };
     let held = table::all().filter(|(_, slot)| !slot.conn_ptr().is_null());
     let old = held.map(|(old, _)| old).find(|old| *old != fd && cookie(*old) == Some(wanted));
     match old {
@@ -60,7 +68,7 @@ fn look(fd: i32) -> Option<FileType> {
     let what = rustix::fs::fstat(unsafe { BorrowedFd::borrow_raw(fd) }).ok()?;
     let kind = FileType::from_raw_mode(what.st_mode);
     // Files that are only the kernel's have no type.
-    if kind == FileType::Unknown {
+    if kind == FileType::Unknown && !client::is_confined() {
         let name = std::fs::read_link(format!("/proc/self/fd/{fd}"));
         if name.is_ok_and(|name| name.as_os_str() == "anon_inode:[eventpoll]") {
             STRANGE_SET.store(true, Ordering::Relaxed);
@@ -74,7 +82,8 @@ fn look(fd: i32) -> Option<FileType> {
 
 /// Begins to follow a descriptor, if it is a connection of TCP whose counters tell what has become of it.
 fn follow(fd: i32) {
-    if STRANGE_SET.load(Ordering::Relaxed) {
+    // A sandbox may kill whoever asks more.
+    if STRANGE_SET.load(Ordering::Relaxed) || client::is_confined() {
         return;
     }
     // SAFETY: a descriptor that this process has just got; of another that has come in its place the same is asked.

@@ -247,6 +247,14 @@ impl Slot {
         self.strange.load(Ordering::Relaxed) == 2
     }
 
+    /// Another process has it from now on, whose calls are not counted here. One that is not opened so far is as one that was found.
+    pub fn give_away(&self) {
+        self.strange.store(1, Ordering::Relaxed);
+        if matches!(self.phase.load(Ordering::Relaxed), WANTED | OPENING) {
+            self.again();
+        }
+    }
+
     /// A fork copies it.
     pub fn copied(&self) {
         let _ = self.strange.compare_exchange(0, 2, Ordering::Relaxed, Ordering::Relaxed);
@@ -346,10 +354,12 @@ impl Slot {
 
     /// Whether the descriptor is in non-blocking mode.
     pub fn nonblocking(&self, fd: i32) -> bool {
+        // Another process may change the mode of what it shares.
+        let held = self.phase.load(Ordering::Relaxed) == HELD;
+        let alone = !super::wait::is_shared() && (held || self.strange.load(Ordering::Relaxed) == 0);
         match self.nonblock.load(Ordering::Relaxed) {
-            // Another process may change the mode of what it shares.
-            1 if !super::wait::is_shared() => true,
-            2 if !super::wait::is_shared() => false,
+            1 if alone => true,
+            2 if alone => false,
             _ => {
                 // SAFETY: the application's own descriptor, in a call on it.
                 let fd = unsafe { rustix::fd::BorrowedFd::borrow_raw(fd) };

@@ -166,7 +166,7 @@ impl Client {
             conn.stir();
         }
         for (fd, epoch) in self.opening.values() {
-            if let Some(slot) = table::slot(*fd).filter(|s| s.epoch.load(Ordering::Relaxed) == *epoch) {
+            if let Some(slot) = super::tracking::opening(*fd, *epoch) {
                 slot.phase.store(table::WANTED, Ordering::Release);
             }
         }

@@ -15,28 +15,25 @@ use vsocket_channel::message::Message;
 use vsocket_channel::reason::Reason;
 
 /// The slot of a descriptor that waits for an answer, if it is the same still.
-fn opening(fd: i32, epoch: u32) -> Option<&'static Slot> {
+pub(super) fn opening(fd: i32, epoch: u32) -> Option<&'static Slot> {
     table::slot(fd).filter(|slot| {
         slot.epoch.load(Ordering::Relaxed) == epoch && slot.phase.load(Ordering::Relaxed) == table::OPENING
     })
 }
 
-/// Counts what the kernel has counted. Before the agent looks who else holds it: whoever did has moved its last by then. False:
-/// it is not opened now, or not at all.
-fn recount(anchor: BorrowedFd<'_>, slot: &Slot) -> bool {
+/// What the kernel has counted, if whatever another process has done is not to be seen otherwise.
+fn counted(anchor: BorrowedFd<'_>, slot: &Slot) -> Option<(u64, u64)> {
     slot.forget_mode();
-    if !kernel::is_as_new(anchor) {
-        slot.leave_alone();
-        return false;
-    }
-    let counters = || {
-        let counters = kernel::counters(anchor, slot.connector()).ok().flatten();
-        counters.map(|counters| slot.recount((counters.tx, counters.rx)))
-    };
-    match slot.adopt(counters) {
+    let counters = kernel::counters(anchor, slot.connector()).ok().flatten()?;
+    kernel::is_as_new(anchor).then_some((counters.tx, counters.rx))
+}
+
+/// Counts what the kernel has counted; false: not now.
+fn recount(anchor: BorrowedFd<'_>, slot: &Slot) -> bool {
+    match slot.adopt(|| counted(anchor, slot).map(|moved| slot.recount(moved))) {
         Some(Some(())) => true,
         Some(None) => {
-            slot.again();
+            slot.refused();
             false
         }
         // A call is inside the kernel: at the next.
@@ -78,7 +75,13 @@ impl Client {
             self.tell(Message::Closed { record });
             return slot.again();
         }
+        // SAFETY: the descriptor of a slot that waits for the answer; another in its place is not what was counted.
+        let anchor = unsafe { BorrowedFd::borrow_raw(fd) };
         let made = slot.adopt(|| {
+            if slot.is_found() && counted(anchor, slot) != Some(slot.moved()) {
+                // Whoever had it has used it until the agent looked.
+                return None;
+            }
             let conn = Conn::make(fd, record, &shared)?;
             let (tx, rx) = slot.moved();
             if slot.is_found() {
@@ -97,7 +100,7 @@ impl Client {
             }
             Some(None) => {
                 self.tell(Message::Closed { record });
-                slot.phase.store(table::WANTED, Ordering::Release);
+                slot.again();
             }
             None => {
                 // Another thread's call is inside the kernel, and does not wait there: in a moment.
