@@ -269,11 +269,10 @@ pub fn released(conn: &Conn) {
 /// The connection was shut for writing, and the agent must finish it.
 pub fn shut(conn: &Conn) {
     let index = conn.index.load(Ordering::Relaxed);
-    let Ok(mut guard) = CLIENT.lock() else { return };
-    let Some(client) = guard.as_mut() else { return };
-    client.read();
-    if client.attends(conn) {
-        client.tell(Message::Shut { record: index });
+    if let Ok(mut guard) = CLIENT.lock() {
+        if let Some(client) = guard.as_mut().filter(|client| client.attends(conn)) {
+            client.tell(Message::Shut { record: index });
+        }
     }
 }
 

@@ -584,6 +584,8 @@ pub fn shutdown(fd: i32, read: bool, write: bool) -> Outcome<i32> {
             client::shut(&conn);
         }
     }
+    // An agent that has died does none of this.
+    client::check_mail();
     done
 }
 
